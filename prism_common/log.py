@@ -1,0 +1,52 @@
+"""Logging: one line a record, for people (console) or for programs (json)."""
+
+import json
+import logging
+import logging.handlers
+import sys
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+Format = Literal["console", "json"]
+LEVELS: Final = ("debug", "info", "warning", "error")
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class _Console(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(" ", "milliseconds")
+        line = f"{time} {record.levelname:<7} {record.name}: {record.getMessage()}"
+        facts = " ".join(f"{key}={value}" for key, value in _facts(record).items())
+        line = f"{line} {facts}" if facts else line
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_facts(record),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str, ensure_ascii=False)
+
+
+def _facts(record: logging.LogRecord) -> dict[str, object]:
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD}
+
+
+def configure(level: str, log_format: Format, file: str | None) -> None:
+    """Send all records at or above `level` to standard error, or to `file` (10 MiB, 3 kept)."""
+    handler: logging.Handler = (
+        logging.handlers.RotatingFileHandler(file, maxBytes=10 * 2**20, backupCount=3)
+        if file
+        else logging.StreamHandler(sys.stderr)
+    )
+    handler.setFormatter(_Json() if log_format == "json" else _Console())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())

@@ -1,0 +1,1 @@
+"""Control plane of Prism: consensus, state, scheduling and the API."""

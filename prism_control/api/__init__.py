@@ -1,0 +1,1 @@
+"""What users and agents call: one file a service; validate, propose, reply."""

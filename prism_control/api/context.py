@@ -1,0 +1,56 @@
+"""What every service needs of the node that it runs on."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_common.channels import ChannelPool
+from prism_common.errors import NotFoundError
+from prism_common.signal import Signal
+from prism_control.api.forward import Forwarder
+from prism_control.state.commands import Command
+from prism_control.state.machine import Machine
+from prism_control.state.model import SandboxRow
+from prism_control.state.results import Result
+
+
+@dataclass(frozen=True, slots=True)
+class ApiContext:
+    """The node, as its services see it.
+
+    Attributes:
+        machine: The replicated state; read it without an await in between.
+        changed: Notified after each change of the state.
+        submit: Proposes a command and returns its result; on the leader.
+        read_barrier: Returns once `machine` holds all that was acknowledged before.
+        forwarder: Serves writes here or on the leader.
+        agents: Channels to the agents' node APIs.
+        last_seen_ms: When a node was last heard, if this member leads; else 0.
+    """
+
+    machine: Callable[[], Machine]
+    changed: Signal
+    submit: Callable[[Command, int], Awaitable[Result]]
+    read_barrier: Callable[[], Awaitable[None]]
+    forwarder: Forwarder
+    agents: ChannelPool
+    last_seen_ms: Callable[[str], int]
+
+    async def fresh(self, consistency: sandbox_pb2.Consistency.ValueType) -> Machine:
+        """Return the state, as fresh as asked."""
+        if consistency != sandbox_pb2.CONSISTENCY_STALE:
+            await self.read_barrier()
+        return self.machine()
+
+
+def exact_sandbox(machine: Machine, reference: str) -> SandboxRow:
+    """Return a sandbox by id or exact name; what changes or enters one takes no prefix.
+
+    Raises:
+        NotFoundError: There is none.
+    """
+    row = machine.sandbox(reference)
+    if row is None:
+        raise NotFoundError(f"sandbox: there is no sandbox {reference!r}", field="sandbox")
+    return row

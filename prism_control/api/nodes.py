@@ -1,0 +1,146 @@
+"""NodeService on a control node: what is replicated, and the agents' own answers passed on."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import Any, Final, TypeAlias
+
+import grpc.aio
+from prism.node.v1 import node_pb2, node_pb2_grpc
+
+from prism_common.errors import (
+    InvalidArgumentError,
+    NodeUnreachableError,
+    NoLeaderError,
+    NotServedError,
+)
+from prism_common.names import shorten
+from prism_common.status import from_rpc_error
+from prism_control.api import validation
+from prism_control.api.context import ApiContext
+from prism_control.api.forward import time_left_s
+from prism_control.rows import node_proto
+from prism_control.state.machine import Machine
+from prism_control.state.model import NodeRow
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+_BARRIER_TIMEOUT_S: Final = 6.0
+#: An agent that measures itself answers in milliseconds.
+_AGENT_TIMEOUT_S: Final = 5.0
+
+
+class NodeServicer(node_pb2_grpc.NodeServiceServicer):
+    """Serves NodeService on one control node."""
+
+    def __init__(self, api: ApiContext) -> None:
+        self._api = api
+
+    async def ListNodes(
+        self, request: node_pb2.ListNodesRequest, context: Context
+    ) -> node_pb2.ListNodesResponse:
+        """List nodes in order of name."""
+        size = validation.page_size(request.page_size)
+        after = _decode_token(request.page_token)
+        machine = await self._fresh(context)
+        rows = [row for row in machine.nodes() if row.name > after]
+        return node_pb2.ListNodesResponse(
+            nodes=[self._proto(machine, row) for row in rows[:size]],
+            next_page_token=_encode_token(rows[size - 1].name) if len(rows) > size else "",
+        )
+
+    async def GetNode(self, request: node_pb2.GetNodeRequest, context: Context) -> node_pb2.Node:
+        """Return one node."""
+        machine = await self._fresh(context)
+        return self._proto(machine, self._find(machine, request.node))
+
+    async def GetResources(
+        self, request: node_pb2.GetResourcesRequest, context: Context
+    ) -> node_pb2.GetResourcesResponse:
+        """Ask a node's agent what it has."""
+        row = self._find(await self._fresh(context), request.node)
+        stub = node_pb2_grpc.NodeServiceStub(self._api.agents.get(row.address))
+        timeout_s = min(time_left_s(context), _AGENT_TIMEOUT_S)
+        try:
+            return await stub.GetResources(node_pb2.GetResourcesRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _unreachable(row, error) from None
+
+    async def GetHealth(
+        self, request: node_pb2.GetHealthRequest, context: Context
+    ) -> node_pb2.GetHealthResponse:
+        """Ask a node's agent how it is."""
+        row = self._find(await self._fresh(context), request.node)
+        stub = node_pb2_grpc.NodeServiceStub(self._api.agents.get(row.address))
+        timeout_s = min(time_left_s(context), _AGENT_TIMEOUT_S)
+        try:
+            return await stub.GetHealth(node_pb2.GetHealthRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _unreachable(row, error) from None
+
+    async def WatchNodes(
+        self, request: node_pb2.WatchNodesRequest, context: Context
+    ) -> AsyncIterator[node_pb2.WatchNodesResponse]:
+        """Not served yet."""
+        raise NotServedError("WatchNodes")
+        yield
+
+    async def CordonNode(
+        self, request: node_pb2.CordonNodeRequest, context: Context
+    ) -> node_pb2.Node:
+        """Not served yet."""
+        raise NotServedError("CordonNode")
+
+    async def UncordonNode(
+        self, request: node_pb2.UncordonNodeRequest, context: Context
+    ) -> node_pb2.Node:
+        """Not served yet."""
+        raise NotServedError("UncordonNode")
+
+    async def DrainNode(
+        self, request: node_pb2.DrainNodeRequest, context: Context
+    ) -> node_pb2.Node:
+        """Not served yet."""
+        raise NotServedError("DrainNode")
+
+    async def _fresh(self, context: Context) -> Machine:
+        """Return the state as of now."""
+        try:
+            async with asyncio.timeout(min(time_left_s(context), _BARRIER_TIMEOUT_S)):
+                await self._api.read_barrier()
+        except TimeoutError:
+            raise NoLeaderError(
+                "no leader has confirmed the read: reads need a majority of the control nodes",
+                retry_after_s=1.0,
+            ) from None
+        return self._api.machine()
+
+    @staticmethod
+    def _find(machine: Machine, reference: str) -> NodeRow:
+        return machine.find_node(validation.reference(reference, "node"))
+
+    def _proto(self, machine: Machine, row: NodeRow) -> node_pb2.Node:
+        heard_ms = max(row.last_seen_ms, self._api.last_seen_ms(row.id))
+        return node_proto(row, machine.allocated(row.id), heard_ms)
+
+
+def _unreachable(row: NodeRow, error: grpc.aio.AioRpcError) -> NodeUnreachableError:
+    return NodeUnreachableError(
+        f"node {row.name} at {row.address} does not answer: {from_rpc_error(error).message}",
+        retry_after_s=1.0,
+    )
+
+
+def _encode_token(name: str) -> str:
+    return base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
+
+
+def _decode_token(token: str) -> str:
+    try:
+        padded = token + "=" * (-len(token) % 4)
+        return base64.urlsafe_b64decode(padded).decode() if token else ""
+    except (binascii.Error, ValueError):
+        raise InvalidArgumentError(
+            f"page_token: {shorten(token)} is not one that a list returned", field="page_token"
+        ) from None

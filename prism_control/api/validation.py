@@ -1,0 +1,162 @@
+"""Requests to specs: defaults filled in, and every bound checked before anything is proposed."""
+
+import hashlib
+from typing import Final
+
+from google.protobuf import duration_pb2
+from google.protobuf.message import Message
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_common import limits, names
+from prism_common.errors import InvalidArgumentError
+from prism_control.state.model import OnNodeLoss, Spec, pairs
+
+#: The images that this version serves.
+_IMAGES: Final = ("host",)
+_RUNTIMES: Final = ("", "bubblewrap", "gvisor", "fake")
+#: A prefix of an id or name that may be looked up.
+_REFERENCE_LENGTH_MAX: Final = 128
+
+
+def fingerprint(request: Message, *ignored: str) -> bytes:
+    """Return a digest of a request's contents, without its request id and the `ignored` fields."""
+    copy = type(request)()
+    copy.CopyFrom(request)
+    for field in ("request_id", *ignored):
+        copy.ClearField(field)
+    return hashlib.sha256(copy.SerializeToString(deterministic=True)).digest()[:16]
+
+
+def reference(value: str, field: str) -> str:
+    """Return an id, name or prefix as given, if it can be one.
+
+    Raises:
+        InvalidArgumentError: It is empty or too long.
+    """
+    if not value:
+        raise InvalidArgumentError(f"{field}: give an id or a name", field=field)
+    if len(value) > _REFERENCE_LENGTH_MAX:
+        raise InvalidArgumentError(
+            f"{field}: {names.shorten(value)} is longer than any id or name", field=field
+        )
+    return value
+
+
+def request_id(value: str) -> str:
+    """Return the caller's request id, or a new one where it gave none."""
+    return names.validate_request_id(value) if value else names.generate_id("req")
+
+
+def page_size(value: int) -> int:
+    """Return how many results a page holds."""
+    if value < 0 or value > limits.PAGE_SIZE_MAX:
+        raise InvalidArgumentError(
+            f"page_size: {value} is not 0 to {limits.PAGE_SIZE_MAX}", field="page_size"
+        )
+    return value or limits.PAGE_SIZE_DEFAULT
+
+
+def duration_ms(
+    duration: duration_pb2.Duration | None, field: str, default_s: float, max_s: float
+) -> int:
+    """Return a duration in milliseconds; the default where it is absent.
+
+    Raises:
+        InvalidArgumentError: It is negative, or longer than `max_s`.
+    """
+    if duration is None:
+        return int(default_s * 1000)
+    nanoseconds = duration.seconds * 10**9 + duration.nanos
+    if nanoseconds < 0 or nanoseconds > max_s * 10**9:
+        raise InvalidArgumentError(
+            f"{field}: {nanoseconds / 1e9:g} s is not 0 to {max_s:g} s", field=field
+        )
+    return nanoseconds // 10**6
+
+
+def spec_of(proto: sandbox_pb2.SandboxSpec) -> Spec:
+    """Return what to store of a request's spec.
+
+    Raises:
+        InvalidArgumentError: A field is out of its range; it names field and range.
+    """
+    image = proto.image or "host"
+    if image not in _IMAGES:
+        raise InvalidArgumentError(
+            f"spec.image: {names.shorten(image)} is not served; this version has: "
+            f"{', '.join(_IMAGES)}",
+            field="spec.image",
+        )
+    if proto.runtime not in _RUNTIMES:
+        raise InvalidArgumentError(
+            f"spec.runtime: {names.shorten(proto.runtime)} is not one of "
+            f"{', '.join(_RUNTIMES[1:])}",
+            field="spec.runtime",
+        )
+    if abs(proto.priority) > limits.PRIORITY_MAX:
+        raise InvalidArgumentError(
+            f"spec.priority: {proto.priority} is not -{limits.PRIORITY_MAX} to "
+            f"{limits.PRIORITY_MAX}",
+            field="spec.priority",
+        )
+    known_loss = sandbox_pb2.OnNodeLoss.values()
+    if proto.on_node_loss not in known_loss:
+        raise InvalidArgumentError(
+            f"spec.on_node_loss: {proto.on_node_loss} is not one of {known_loss}",
+            field="spec.on_node_loss",
+        )
+    asked = proto.limits
+    return Spec(
+        image=image,
+        cpu_millicores=_amount(
+            "cpu_millicores", asked.cpu_millicores, limits.CPU_MILLICORES_DEFAULT, 1,
+            limits.CPU_MILLICORES_MAX,
+        ),
+        memory_bytes=_amount(
+            "memory_bytes", asked.memory_bytes, limits.MEMORY_BYTES_DEFAULT,
+            limits.MEMORY_BYTES_MIN, limits.MEMORY_BYTES_MAX,
+        ),
+        disk_bytes=_amount(
+            "disk_bytes", asked.disk_bytes, limits.DISK_BYTES_DEFAULT, limits.DISK_BYTES_MIN,
+            limits.DISK_BYTES_MAX,
+        ),
+        processes_max=_amount(
+            "processes_max", asked.processes_max, limits.PROCESSES_DEFAULT, 2, limits.PROCESSES_MAX
+        ),
+        open_files_max=_amount(
+            "open_files_max", asked.open_files_max, limits.OPEN_FILES_DEFAULT, 16,
+            limits.OPEN_FILES_MAX,
+        ),
+        env=pairs(names.validate_env(dict(proto.env), "spec.env")),
+        labels=pairs(names.validate_labels(dict(proto.labels), "spec.labels")),
+        ttl_ms=_lifetime_ms(proto.ttl if proto.HasField("ttl") else None, "spec.ttl"),
+        idle_timeout_ms=_lifetime_ms(
+            proto.idle_timeout if proto.HasField("idle_timeout") else None, "spec.idle_timeout"
+        ),
+        runtime=proto.runtime,
+        on_node_loss=OnNodeLoss(proto.on_node_loss or OnNodeLoss.LOST),
+        priority=proto.priority,
+        node_selector=pairs(
+            names.validate_labels(dict(proto.node_selector), "spec.node_selector")
+        ),
+    )  # fmt: skip
+
+
+def _amount(name: str, value: int, default: int, least: int, most: int) -> int:
+    if value == 0:
+        return default
+    if not least <= value <= most:
+        field = f"spec.limits.{name}"
+        raise InvalidArgumentError(f"{field}: {value} is not {least} to {most}", field=field)
+    return value
+
+
+def _lifetime_ms(duration: duration_pb2.Duration | None, field: str) -> int:
+    if duration is None:
+        return 0
+    value = duration_ms(duration, field, 0, limits.TTL_S_MAX)
+    if value == 0:
+        raise InvalidArgumentError(
+            f"{field}: must be longer than a millisecond; leave it out for none", field=field
+        )
+    return value

@@ -1,0 +1,331 @@
+"""The edge of dispatch: agents' sessions on the leader. `scheduler.assignments` decides."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from prism.agent.v1 import agent_pb2
+
+from prism_common.errors import InvalidArgumentError, NotLeaderError, PrismError, WrongStateError
+from prism_common.signal import Signal
+from prism_control.metrics import LeaderMetrics
+from prism_control.rows import amounts_of, duration, runtime_of, spec_proto, timestamp
+from prism_control.scheduler.assignments import AgentDispatch, Assignment, Dispatch
+from prism_control.scheduler.liveness import Liveness
+from prism_control.state import commands
+from prism_control.state.commands import Command, Report
+from prism_control.state.events import Event
+from prism_control.state.machine import Machine
+from prism_control.state.model import ObservedState, pairs
+from prism_control.state.results import Refused, Result
+
+logger = logging.getLogger(__name__)
+
+#: Batches of reports of one agent that may wait for their commit; then its stream is not read.
+_REPORTS_IN_FLIGHT_MAX: Final = 16
+_REPORTS_MAX: Final = 1000
+#: Registrations arrive together after a change of leader; each is proposed within this time.
+_REGISTER_TIMEOUT_S: Final = 10.0
+_REPORT_BYTES: Final = 128
+
+Write = Callable[[agent_pb2.SessionResponse], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Office:
+    """What a leader's sessions need for as long as it leads.
+
+    Attributes:
+        term: Fences everything that is sent.
+        heard_load: Told each node's load per core.
+    """
+
+    cluster_id: str
+    term: int
+    machine: Machine
+    liveness: Liveness
+    submit: Callable[[Command, int], Awaitable[Result]]
+    heard_load: Callable[[str, float], None]
+    control_addresses: Sequence[str]
+
+
+class _Session:
+    """One agent's session: what ends it, and what wakes its sender."""
+
+    def __init__(self, agent: AgentDispatch, incarnation: str) -> None:
+        self.agent = agent
+        self.incarnation = incarnation
+        self.wake = Signal()
+        self.ended: PrismError | None = None
+
+    def end(self, error: PrismError) -> None:
+        """Let the session end with this error."""
+        if self.ended is None:
+            self.ended = error
+        self.wake.notify()
+
+
+class Dispatcher:
+    """All sessions of this member; there are some only while it leads."""
+
+    def __init__(self, metrics: LeaderMetrics) -> None:
+        self._metrics = metrics
+        self._office: Office | None = None
+        self._dispatch = Dispatch()
+        self._sessions: dict[str, _Session] = {}
+
+    # ── Office ───────────────────────────────────────────────────────────────────────────────
+
+    def open(self, office: Office) -> None:
+        """Begin to take sessions."""
+        self._office = office
+        self._dispatch = Dispatch()
+
+    def leave(self, error: PrismError) -> None:
+        """End all sessions: another member leads, and the agents go there."""
+        self._office = None
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
+            session.end(error)
+
+    def close(self) -> None:
+        """End all sessions: this member is stopping."""
+        self.leave(NotLeaderError("this member is stopping", retry_after_s=0.5))
+
+    def observe(self, events: Sequence[Event]) -> None:
+        """Take over committed changes, and wake the sessions that have something to send."""
+        for node_id in self._dispatch.observe(events):
+            session = self._sessions.get(node_id)
+            if session is not None:
+                session.wake.notify()
+
+    # ── One session ──────────────────────────────────────────────────────────────────────────
+
+    async def serve(
+        self,
+        register: agent_pb2.Register,
+        requests: AsyncIterator[agent_pb2.SessionRequest],
+        write: Write,
+    ) -> None:
+        """Serve one agent until its stream ends, another session takes its place, or we leave.
+
+        Raises:
+            NotLeaderError: This member does not lead (any more).
+            WrongStateError: The agent has seen a leader of a higher term.
+            AlreadyExistsError: Its name belongs to another live node.
+        """
+        office = self._office
+        if office is None:
+            raise NotLeaderError("this member is taking office", retry_after_s=0.1)
+        if register.term > office.term:
+            raise WrongStateError(
+                f"the agent has seen term {register.term}; this leader's is {office.term}"
+            )
+        heartbeat_ms, lease_ms = office.liveness.terms()
+        await self._register(office, register, heartbeat_ms, lease_ms)
+        session = self._begin(office, register)
+        try:
+            await write(_welcome(office, heartbeat_ms, lease_ms))
+            async with asyncio.TaskGroup() as tasks:
+                sender = tasks.create_task(self._send(office, session, write))
+                tasks.create_task(self._receive(office, session, requests, write, sender))
+        finally:
+            self._end(session)
+        if session.ended is not None:
+            raise session.ended
+
+    async def _register(
+        self, office: Office, register: agent_pb2.Register, heartbeat_ms: int, lease_ms: int
+    ) -> None:
+        command = commands.RegisterNode(
+            node_id=register.node_id,
+            name=register.name,
+            incarnation=register.incarnation,
+            address=register.address,
+            capacity=amounts_of(register.capacity),
+            runtimes=tuple(runtime_of(runtime) for runtime in register.runtimes),
+            labels=pairs(dict(register.labels)),
+            version=register.version,
+            lease_ms=lease_ms,
+            heartbeat_ms=heartbeat_ms,
+            reports=_reports(register.sandboxes),
+        )
+        size = 512 + _REPORT_BYTES * len(command.reports)
+        async with asyncio.timeout(_REGISTER_TIMEOUT_S):
+            result = await office.submit(command, size)
+        if isinstance(result, Refused):
+            raise result.error()
+
+    def _begin(self, office: Office, register: agent_pb2.Register) -> _Session:
+        if self._office is not office:
+            raise NotLeaderError("this member does not lead any more", retry_after_s=0.1)
+        node_id = register.node_id
+        before = self._sessions.get(node_id)
+        if before is not None:
+            before.end(WrongStateError(f"node {register.name} has another session now"))
+        rows = office.machine.sandboxes_on(node_id)
+        has = {report.sandbox_id for report in register.sandboxes}
+        session = _Session(AgentDispatch(node_id, rows, has), register.incarnation)
+        self._sessions[node_id] = session
+        self._dispatch.open(session.agent)
+        logger.info(
+            "node %s (%s) has a session with %d sandboxes",
+            register.name, node_id, len(register.sandboxes),
+        )  # fmt: skip
+        return session
+
+    def _end(self, session: _Session) -> None:
+        self._dispatch.close(session.agent)
+        if self._sessions.get(session.agent.node_id) is session:
+            del self._sessions[session.agent.node_id]
+            logger.info("the session of node %s has ended", session.agent.node_id)
+
+    async def _send(self, office: Office, session: _Session, write: Write) -> None:
+        """Send all assignments first, and then changes as they come."""
+        await write(self._batch(office, session.agent.complete(), complete=True))
+        while session.ended is None:
+            assignments = session.agent.take()
+            if assignments:
+                await write(self._batch(office, assignments, complete=False))
+            else:
+                await session.wake.wait()
+
+    def _batch(
+        self, office: Office, assignments: list[Assignment], complete: bool
+    ) -> agent_pb2.SessionResponse:
+        self._metrics.dispatch_size.observe(len(assignments))
+        return agent_pb2.SessionResponse(
+            assignments=agent_pb2.AssignmentBatch(
+                term=office.term,
+                assignments=[_assignment(assignment) for assignment in assignments],
+                complete=complete,
+            )
+        )
+
+    async def _receive(
+        self,
+        office: Office,
+        session: _Session,
+        requests: AsyncIterator[agent_pb2.SessionRequest],
+        write: Write,
+        sender: asyncio.Task[None],
+    ) -> None:
+        """Take heartbeats and reports until the stream ends or the session is told to end."""
+        room = asyncio.Semaphore(_REPORTS_IN_FLIGHT_MAX)
+        async with asyncio.TaskGroup() as tasks:
+            reader = tasks.create_task(self._read(office, session, requests, write, tasks, room))
+            await asyncio.wait((reader, sender), return_when=asyncio.FIRST_COMPLETED)
+            reader.cancel()
+            sender.cancel()
+
+    async def _read(
+        self,
+        office: Office,
+        session: _Session,
+        requests: AsyncIterator[agent_pb2.SessionRequest],
+        write: Write,
+        tasks: asyncio.TaskGroup,
+        room: asyncio.Semaphore,
+    ) -> None:
+        async for request in requests:
+            match request.WhichOneof("request"):
+                case "heartbeat":
+                    await self._heard(office, session, request.heartbeat, write)
+                case "reports":
+                    await room.acquire()
+                    tasks.create_task(self._report(office, session, request.reports, write, room))
+                case _:
+                    raise InvalidArgumentError("a session registers once, with its first message")
+
+    async def _heard(
+        self, office: Office, session: _Session, heartbeat: agent_pb2.Heartbeat, write: Write
+    ) -> None:
+        node_id = session.agent.node_id
+        now_ms = time.monotonic_ns() // 1_000_000
+        if not office.liveness.heard(node_id, session.incarnation, now_ms):
+            session.end(WrongStateError("this node is LOST or was registered anew: register"))
+            return
+        office.heard_load(node_id, heartbeat.load_per_core)
+        await write(
+            agent_pb2.SessionResponse(
+                heartbeat_ack=agent_pb2.HeartbeatAck(sequence=heartbeat.sequence)
+            )
+        )
+
+    async def _report(
+        self,
+        office: Office,
+        session: _Session,
+        batch: agent_pb2.ReportBatch,
+        write: Write,
+        room: asyncio.Semaphore,
+    ) -> None:
+        """Propose a batch of reports; acknowledge it once it is committed.
+
+        A batch that is not committed ends the session: the agent registers again with all it has.
+        """
+        try:
+            if len(batch.reports) > _REPORTS_MAX:
+                raise InvalidArgumentError(
+                    f"reports: {len(batch.reports)} in one batch; at most {_REPORTS_MAX}"
+                )
+            command = commands.ReportSandboxes(
+                node_id=session.agent.node_id,
+                incarnation=session.incarnation,
+                reports=_reports(batch.reports),
+            )
+            await office.submit(command, 64 + _REPORT_BYTES * len(command.reports))
+            await write(
+                agent_pb2.SessionResponse(report_ack=agent_pb2.ReportAck(sequence=batch.sequence))
+            )
+        except PrismError as error:
+            session.end(error)
+        finally:
+            room.release()
+
+
+def _welcome(office: Office, heartbeat_ms: int, lease_ms: int) -> agent_pb2.SessionResponse:
+    return agent_pb2.SessionResponse(
+        welcome=agent_pb2.Welcome(
+            term=office.term,
+            heartbeat_interval=duration(heartbeat_ms),
+            lease=duration(lease_ms),
+            cluster_id=office.cluster_id,
+            control_addresses=office.control_addresses,
+        )
+    )
+
+
+def _assignment(assignment: Assignment) -> agent_pb2.Assignment:
+    return agent_pb2.Assignment(
+        sandbox_id=assignment.sandbox_id,
+        generation=assignment.generation,
+        desired=agent_pb2.DesiredState.ValueType(assignment.desired),
+        spec=None if assignment.spec is None else spec_proto(assignment.spec),
+        expire_time=timestamp(assignment.expire_ms),
+        name=assignment.name,
+        grace_period=duration(assignment.grace_ms),
+        start_count=assignment.start_count,
+    )
+
+
+def _reports(protos: Sequence[agent_pb2.SandboxReport]) -> tuple[Report, ...]:
+    """Return reports to propose; one of a state that this version does not know is left out."""
+    known = {int(state) for state in ObservedState}
+    return tuple(
+        Report(
+            sandbox_id=proto.sandbox_id,
+            generation=proto.generation,
+            state=ObservedState(proto.state),
+            reason=proto.reason,
+            message=proto.message,
+            runtime=proto.runtime,
+            start_count=proto.start_count,
+            at_ms=proto.time.ToMilliseconds() if proto.HasField("time") else 0,
+        )
+        for proto in protos
+        if proto.state in known
+    )

@@ -1,0 +1,454 @@
+"""The only loop that performs a Ready: drain, persist, send, apply."""
+
+import asyncio
+import heapq
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from prism_common.errors import NoLeaderError, OutcomeUnknownError, QueueFullError
+from prism_common.signal import Signal
+from prism_control.metrics import RaftMetrics
+from prism_control.raft.core import Core
+from prism_control.raft.errors import NotLeaderError, ProposalDroppedError
+from prism_control.raft.types import (
+    NOBODY,
+    Configuration,
+    Entry,
+    EntryKind,
+    Member,
+    MemberId,
+    Message,
+    Ready,
+    Role,
+    SnapshotMeta,
+    SoftState,
+)
+from prism_control.storage.errors import DiskFullError
+from prism_control.storage.log import LogStore
+from prism_control.storage.snapshots import SnapshotStore
+
+logger = logging.getLogger(__name__)
+
+#: Twenty ticks are an election timeout of 1 s, drawn from [1 s, 2 s).
+TICK_S: Final = 0.05
+#: What peers may have under way together is far below; beyond it messages are lost, as Raft allows.
+_INBOX_LENGTH_MAX: Final = 20_000
+#: A snapshot after so many entries keeps a restart within seconds.
+_SNAPSHOT_ENTRIES: Final = 10_000
+_SNAPSHOT_BYTES: Final = 64 * 2**20
+#: Entries kept behind a snapshot, so that a follower that was away briefly needs no snapshot.
+_TRAILING_ENTRIES: Final = 2_000
+#: The loop is handed back after applying for so long: heartbeats and other calls go on.
+_APPLY_SLICE_S: Final = 0.01
+_DISK_FULL_RETRY_S: Final = 0.5
+
+
+class StateMachine(Protocol):
+    """What committed entries are applied to."""
+
+    def apply(self, index: int, data: bytes) -> object:
+        """Apply a command; return its result for whoever proposed it."""
+
+    def snapshot(self) -> Callable[[], Iterable[bytes]]:
+        """Return at once a frozen view; calling it, in any thread, encodes it."""
+
+    def restore(self, index: int, chunks: Iterable[bytes]) -> None:
+        """Become what a snapshot holds."""
+
+
+class Batch(Protocol):
+    """One entry to be proposed, and who waits for it."""
+
+    @property
+    def data(self) -> bytes:
+        """The encoded command."""
+
+    def resolve(self, result: object) -> None:
+        """It is committed and applied."""
+
+    def fail(self, error: Exception) -> None:
+        """It was not proposed, or its outcome is unknown, as the error says."""
+
+
+class ProposalSource(Protocol):
+    """Where the driver takes proposals from, once a turn: what waits then goes together."""
+
+    def take(self) -> Sequence[Batch]:
+        """Return the next entries to propose. Called on a leader only."""
+
+
+class MessageSink(Protocol):
+    """What carries messages to peers."""
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Queue messages; each may be lost."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    term: int
+    batch: Batch
+    proposed_at: float
+
+
+class Driver:
+    """Runs one member's core against its disk, its peers and its state machine.
+
+    Args:
+        core: The pure core; nobody else touches it.
+        store: Its log on disk.
+        snapshots: Its snapshots on disk.
+        machine: What entries are applied to.
+        source: Where proposals come from.
+        metrics: What is measured.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        store: LogStore,
+        snapshots: SnapshotStore,
+        machine: StateMachine,
+        source: ProposalSource,
+        metrics: RaftMetrics,
+    ) -> None:
+        self._core = core
+        self._store = store
+        self._snapshots = snapshots
+        self._machine = machine
+        self._source = source
+        self._metrics = metrics
+        self._transport: MessageSink | None = None
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="raft-disk")
+        self._wake = asyncio.Event()
+        self._inbox: list[Message] = []
+        self._unreachable: set[MemberId] = set()
+        self._snapshot_reports: list[tuple[MemberId, bool]] = []
+        self._snapshots_saved: list[SnapshotMeta] = []
+        #: Index → who waits for it; filled only while this member leads.
+        self._pending: dict[int, _Pending] = {}
+        #: Reads that no context was asked for yet.
+        self._reads_new: list[asyncio.Future[None]] = []
+        #: Context → the reads it stands for.
+        self._reads_asked: dict[int, list[asyncio.Future[None]]] = {}
+        #: (index, order, reads): confirmed, waiting for the index to be applied.
+        self._reads_confirmed: list[tuple[int, int, list[asyncio.Future[None]]]] = []
+        self._read_order = 0
+        self._bytes_since_snapshot = 0
+        self._snapshotting = False
+        self._snapshot_tasks: asyncio.TaskGroup | None = None
+        self._soft_state = SoftState(Role.FOLLOWER, NOBODY, core.term)
+        #: Index of the first entry of the own term, while this member leads; else 0.
+        self._own_term_index = 0
+        #: True while a write waits for room on the disk.
+        self.disk_full = False
+        #: Notified when role, leader, term or readiness to lead change.
+        self.changed = Signal()
+        self.leader_changes = 0
+        self.snapshot_bytes = 0
+
+    # ── What others ask ──────────────────────────────────────────────────────────────────────
+
+    @property
+    def core(self) -> Core:
+        """The core, to read from."""
+        return self._core
+
+    @property
+    def configuration(self) -> Configuration:
+        """The configuration in force."""
+        return self._core.configuration
+
+    @property
+    def soft_state(self) -> SoftState:
+        """Role, leader and term as last shown."""
+        return self._soft_state
+
+    @property
+    def leader(self) -> Member | None:
+        """The leader, if one is known."""
+        leader_id = self._soft_state.leader
+        members = self._core.configuration.members
+        return next((m for m in members if m.id == leader_id), None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this member leads and has applied all that earlier leaders committed."""
+        return 0 < self._own_term_index <= self._core.applied_index
+
+    def wake(self) -> None:
+        """Take a turn soon: there is something to propose."""
+        self._wake.set()
+
+    def receive(self, messages: Sequence[Message]) -> None:
+        """Take in messages from a peer."""
+        room = _INBOX_LENGTH_MAX - len(self._inbox)
+        self._inbox.extend(messages[:room])
+        self._wake.set()
+
+    def report_unreachable(self, member: MemberId) -> None:
+        """Messages to `member` were lost."""
+        self._unreachable.add(member)
+
+    def report_snapshot(self, member: MemberId, ok: bool) -> None:
+        """A snapshot that the core wanted sent has been sent or not."""
+        self._snapshot_reports.append((member, ok))
+        self._wake.set()
+
+    async def read_barrier(self) -> None:
+        """Return once the state machine holds everything acknowledged before this call.
+
+        One round of heartbeats serves all reads that wait (thesis §6.4). The caller bounds the
+        wait; without a quorum it never ends.
+        """
+        read = asyncio.get_running_loop().create_future()
+        self._reads_new.append(read)
+        self._wake.set()
+        await read
+
+    # ── The loop ─────────────────────────────────────────────────────────────────────────────
+
+    async def run(self, transport: MessageSink) -> None:
+        """Drive until cancelled.
+
+        Raises:
+            StorageError, InvariantError, CorruptEntryError: The member must stop.
+        """
+        self._transport = transport
+        next_tick = time.monotonic() + TICK_S
+        try:
+            async with asyncio.TaskGroup() as self._snapshot_tasks:
+                while True:
+                    next_tick = await self._sleep(next_tick)
+                    self._drain()
+                    while (ready := self._core.take_ready()) is not None:
+                        await self._perform(ready, transport)
+                        self._drain()
+        finally:
+            self._fail_all(OutcomeUnknownError("this member is stopping; the outcome is unknown"))
+            self._disk.shutdown(wait=True)
+
+    async def _sleep(self, next_tick: float) -> float:
+        """Wait for work or for the next tick, and deliver it; return when the next one is due."""
+        delay_s = next_tick - time.monotonic()
+        if delay_s > 0 and not self._wake.is_set():
+            timer = asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+            await self._wake.wait()
+            timer.cancel()
+        else:
+            await asyncio.sleep(0)
+        self._wake.clear()
+        now = time.monotonic()
+        if now < next_tick:
+            return next_tick
+        # What arrived while this process was paused comes before the time that has passed.
+        self._step_inbox()
+        self._core.tick()
+        return max(next_tick + TICK_S, now)
+
+    def _step_inbox(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        for message in inbox:
+            self._core.step(message)
+
+    def _drain(self) -> None:
+        self._step_inbox()
+        unreachable, self._unreachable = self._unreachable, set()
+        for member in sorted(unreachable):
+            self._core.report_unreachable(member)
+        reports, self._snapshot_reports = self._snapshot_reports, []
+        for member, ok in reports:
+            self._core.report_snapshot(member, ok)
+        self._ask_reads()
+        if self._core.replication is not None:
+            self._propose(self._source.take())
+
+    def _propose(self, batches: Sequence[Batch]) -> None:
+        for batch in batches:
+            try:
+                index = self._core.propose([batch.data]).start
+            except NotLeaderError:
+                batch.fail(NoLeaderError("leadership was lost; nothing was proposed"))
+            except ProposalDroppedError as error:
+                self._metrics.proposals.labels("dropped").inc()
+                batch.fail(QueueFullError(f"{error}; nothing was proposed", retry_after_s=0.5))
+            else:
+                self._pending[index] = _Pending(self._core.term, batch, time.perf_counter())
+
+    async def _perform(self, ready: Ready, transport: MessageSink) -> None:
+        if ready.soft_state is not None:
+            self._note_soft_state(ready.soft_state)
+        transport.send(ready.messages_now)
+        if ready.needs_persist:
+            await self._persist(ready)
+        self._core.persisted(ready)
+        transport.send(ready.messages_after_persist)
+        if ready.snapshot is not None:
+            await self._install(ready.snapshot)
+        await self._apply(ready.committed)
+        self._answer_reads(ready)
+        await self._compact()
+
+    async def _persist(self, ready: Ready) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                await loop.run_in_executor(
+                    self._disk,
+                    self._store.persist,
+                    ready.hard_state,
+                    ready.snapshot,
+                    ready.entries,
+                )
+            except DiskFullError as error:
+                # Nothing is acknowledged and no heartbeat is sent meanwhile, so a leader in this
+                # state loses its office to a member that has room.
+                if not self.disk_full:
+                    logger.error("%s: writes wait until there is room", error)
+                self.disk_full = True
+                await asyncio.sleep(_DISK_FULL_RETRY_S)
+            else:
+                if self.disk_full:
+                    logger.info("there is room on the disk again")
+                self.disk_full = False
+                return
+
+    async def _apply(self, committed: Sequence[Entry]) -> None:
+        slice_end = time.perf_counter() + _APPLY_SLICE_S
+        for entry in committed:
+            result: object = None
+            if entry.kind is EntryKind.NORMAL:
+                result = self._machine.apply(entry.index, entry.data)
+                self._bytes_since_snapshot += len(entry.data)
+            self._settle(entry, result)
+            if time.perf_counter() > slice_end:
+                await asyncio.sleep(0)
+                slice_end = time.perf_counter() + _APPLY_SLICE_S
+        if committed:
+            led = self.leads
+            self._core.applied(committed[-1].index)
+            if self.leads != led:
+                self.changed.notify()
+
+    def _settle(self, entry: Entry, result: object) -> None:
+        leads = self._core.replication is not None
+        if leads and not self._own_term_index and entry.term == self._core.term:
+            self._own_term_index = entry.index
+        pending = self._pending.pop(entry.index, None)
+        if pending is None:
+            return
+        if pending.term != entry.term:
+            self._metrics.proposals.labels("lost").inc()
+            pending.batch.fail(
+                OutcomeUnknownError("leadership was lost while it was under way", retry_after_s=0.5)
+            )
+            return
+        self._metrics.proposals.labels("committed").inc()
+        self._metrics.commit_seconds.observe(time.perf_counter() - pending.proposed_at)
+        pending.batch.resolve(result)
+
+    def _note_soft_state(self, state: SoftState) -> None:
+        before, self._soft_state = self._soft_state, state
+        if state.leader != before.leader and state.leader != NOBODY:
+            self.leader_changes += 1
+            leader = self.leader
+            logger.info(
+                "term %d: %s leads", state.term, leader.name if leader else f"{state.leader:016x}"
+            )
+        elif state.leader == NOBODY and before.leader != NOBODY:
+            logger.warning("term %d: no leader is known", state.term)
+        if before.role is Role.LEADER and (
+            state.role is not Role.LEADER or state.term != before.term
+        ):
+            self._own_term_index = 0
+            self._fail_all(
+                OutcomeUnknownError("leadership was lost while it was under way", retry_after_s=0.5)
+            )
+        self.changed.notify()
+
+    def _fail_all(self, error: Exception) -> None:
+        pending, self._pending = self._pending, {}
+        for waiting in pending.values():
+            self._metrics.proposals.labels("unknown").inc()
+            waiting.batch.fail(error)
+
+    # ── Reads ────────────────────────────────────────────────────────────────────────────────
+
+    def _ask_reads(self) -> None:
+        if not self._reads_new or not self._core.leader:
+            return  # asked again when a leader is known
+        reads, self._reads_new = self._reads_new, []
+        live = [read for read in reads if not read.done()]
+        if live:
+            context = secrets.randbits(63)
+            self._reads_asked[context] = live
+            self._core.read_index(context)
+
+    def _answer_reads(self, ready: Ready) -> None:
+        for context in ready.reads_dropped:
+            self._reads_new.extend(self._reads_asked.pop(context, ()))
+        for state in ready.reads:
+            reads = self._reads_asked.pop(state.context, None)
+            if reads:
+                self._read_order += 1
+                heapq.heappush(self._reads_confirmed, (state.index, self._read_order, reads))
+        while self._reads_confirmed and self._reads_confirmed[0][0] <= self._core.applied_index:
+            for read in heapq.heappop(self._reads_confirmed)[2]:
+                if not read.done():
+                    read.set_result(None)
+
+    # ── Snapshots ────────────────────────────────────────────────────────────────────────────
+
+    async def _install(self, meta: SnapshotMeta) -> None:
+        logger.info("installing snapshot %d of another member", meta.index)
+        self._machine.restore(meta.index, self._snapshots.read(meta.index))
+        self._core.applied(meta.index)
+        self._bytes_since_snapshot = 0
+
+    async def _compact(self) -> None:
+        saved, self._snapshots_saved = self._snapshots_saved, []
+        for meta in saved:
+            if meta.index <= self._core.snapshot.index:
+                continue
+            self._core.snapshot_saved(meta)
+            first_kept = max(1, meta.index - _TRAILING_ENTRIES + 1)
+            await asyncio.get_running_loop().run_in_executor(
+                self._disk, self._store.compact, meta, first_kept
+            )
+            self._core.compact(first_kept - 1)
+        self._maybe_snapshot()
+
+    def _maybe_snapshot(self) -> None:
+        applied = self._core.applied_index
+        entries = applied - self._core.snapshot.index
+        if self._snapshotting or self._snapshot_tasks is None:
+            return
+        if entries < _SNAPSHOT_ENTRIES and self._bytes_since_snapshot < _SNAPSHOT_BYTES:
+            return
+        meta = self._core.snapshot_meta(applied)
+        self._snapshotting = True
+        self._bytes_since_snapshot = 0
+        self._snapshot_tasks.create_task(self._write_snapshot(meta, self._machine.snapshot()))
+
+    async def _write_snapshot(
+        self, meta: SnapshotMeta, encode: Callable[[], Iterable[bytes]]
+    ) -> None:
+        started = time.perf_counter()
+        try:
+            self.snapshot_bytes = await asyncio.to_thread(
+                lambda: self._snapshots.write(meta.index, encode())
+            )
+        except OSError as error:
+            logger.error("snapshot %d could not be written: %s", meta.index, error)
+            return
+        finally:
+            self._snapshotting = False
+        took_s = time.perf_counter() - started
+        logger.info("snapshot %d: %d bytes in %.2f s", meta.index, self.snapshot_bytes, took_s)
+        self._snapshots_saved.append(meta)
+        self._wake.set()

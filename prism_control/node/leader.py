@@ -1,0 +1,193 @@
+"""A leader's duties: place what waits, watch the nodes, end what is due, serve the agents."""
+
+import asyncio
+import logging
+import random
+import time
+from typing import Final
+
+from prism_common.addresses import parse_address
+from prism_common.errors import NotLeaderError, PrismError
+from prism_common.signal import Signal
+from prism_control.batcher import Batcher
+from prism_control.dispatch import Dispatcher, Office
+from prism_control.metrics import LeaderMetrics
+from prism_control.node.driver import Driver
+from prism_control.node.replica import Replica
+from prism_control.raft.types import Member
+from prism_control.scheduler.core import Scheduler
+from prism_control.scheduler.deadlines import Deadlines
+from prism_control.scheduler.liveness import Liveness
+from prism_control.state.commands import AssignSandboxes, Command
+from prism_control.state.events import Event, SandboxChanged
+from prism_control.state.model import SandboxState
+from prism_control.state.results import Assigned
+
+logger = logging.getLogger(__name__)
+
+#: How often silence and deadlines are looked at.
+_WATCH_INTERVAL_S: Final = 0.25
+#: After a failed proposal, before the next one.
+_PAUSE_S: Final = 0.1
+
+
+def monotonic_ms() -> int:
+    """Return the monotonic clock in milliseconds."""
+    return time.monotonic_ns() // 1_000_000
+
+
+def wall_ms() -> int:
+    """Return the wall clock in milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+class Leadership:
+    """Takes office when this member leads and has applied all that was committed before."""
+
+    def __init__(
+        self,
+        cluster_id: str,
+        me: Member,
+        driver: Driver,
+        replica: Replica,
+        batcher: Batcher,
+        dispatcher: Dispatcher,
+        metrics: LeaderMetrics,
+    ) -> None:
+        self._cluster_id = cluster_id
+        self._me = me
+        self._driver = driver
+        self._replica = replica
+        self._batcher = batcher
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._scheduler: Scheduler | None = None
+        self._liveness: Liveness | None = None
+        self._deadlines: Deadlines | None = None
+        #: Notified when there may be something to place.
+        self._placeable = Signal()
+
+    def last_seen_ms(self, node_id: str) -> int:
+        """Return when a node was last heard, by wall time; 0: this member does not know."""
+        silence_ms = self._liveness.silence_ms(node_id, monotonic_ms()) if self._liveness else None
+        return 0 if silence_ms is None else wall_ms() - silence_ms
+
+    async def run(self) -> None:
+        """Take and leave office as leadership comes and goes, until cancelled."""
+        while True:
+            if not self._driver.leads:
+                await self._driver.changed.wait()
+                continue
+            await self._hold_office(self._driver.core.term)
+
+    async def _hold_office(self, term: int) -> None:
+        machine = self._replica.machine
+        host = parse_address(self._me.api_address, "api").host
+        self._scheduler = Scheduler.from_machine(
+            machine,
+            random.Random().random,  # noqa: S311 - spreading is no secret
+            leader_host=host,
+        )
+        self._liveness = Liveness(machine.nodes(), monotonic_ms())
+        self._deadlines = Deadlines(machine.sandboxes())
+        self._replica.listener = self._observe
+        self._dispatcher.open(
+            Office(
+                cluster_id=self._cluster_id,
+                term=term,
+                machine=machine,
+                liveness=self._liveness,
+                submit=self._batcher.submit,
+                heard_load=self._scheduler.heard_load,
+                control_addresses=[m.api_address for m in self._driver.configuration.members],
+            )
+        )
+        logger.info("leading: %d nodes, %d sandboxes wait", len(machine.nodes()),
+                    self._scheduler.waiting_count)  # fmt: skip
+        try:
+            async with asyncio.TaskGroup() as duties:
+                tasks = [
+                    duties.create_task(self._place(self._scheduler)),
+                    duties.create_task(self._watch(self._liveness, self._deadlines)),
+                ]
+                while self._driver.leads and self._driver.core.term == term:
+                    await self._driver.changed.wait()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            self._replica.listener = None
+            self._scheduler = self._liveness = self._deadlines = None
+            error = NotLeaderError("this member does not lead any more", retry_after_s=0.5)
+            self._batcher.fail_all(error)
+            leader = self._driver.leader
+            if leader is not None and leader.id != self._me.id:
+                error.metadata["leader"] = leader.api_address
+            self._dispatcher.leave(error)
+
+    def _observe(self, events: list[Event]) -> None:
+        if self._scheduler is None or self._liveness is None or self._deadlines is None:
+            return
+        self._scheduler.observe(events)
+        self._liveness.observe(events, monotonic_ms())
+        self._deadlines.observe(events)
+        self._dispatcher.observe(events)
+        for event in events:
+            if isinstance(event, SandboxChanged):
+                self._measure(event)
+        self._placeable.notify()
+
+    def _measure(self, event: SandboxChanged) -> None:
+        row = event.row
+        if (
+            row.state is SandboxState.READY
+            and event.previous_state is not SandboxState.READY
+            and row.start_count == 1
+        ):
+            self._metrics.ready_seconds.observe((row.ready_ms - row.create_ms) / 1000)
+
+    async def _place(self, scheduler: Scheduler) -> None:
+        """Place all that waits, one proposal a pass: what came meanwhile goes into the next."""
+        while True:
+            command = scheduler.decide(monotonic_ms())
+            if command is None:
+                await self._wait_for_work(scheduler)
+                continue
+            await self._propose_placements(scheduler, command)
+
+    async def _wait_for_work(self, scheduler: Scheduler) -> None:
+        now_ms = monotonic_ms()
+        next_ms = scheduler.next_ms(now_ms)
+        timeout_s = None if next_ms is None else max((next_ms - now_ms) / 1000, 0.01)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._placeable.wait()
+        except TimeoutError:
+            return
+
+    async def _propose_placements(self, scheduler: Scheduler, command: AssignSandboxes) -> None:
+        try:
+            result = await self._batcher.submit(command, 64 * len(command.placements) + 256)
+        except PrismError as error:
+            logger.warning("placements were not committed: %s", error)
+            scheduler.forget(placement.sandbox_id for placement in command.placements)
+            await asyncio.sleep(_PAUSE_S)
+            return
+        if isinstance(result, Assigned):
+            scheduler.forget(result.refused)
+            self._metrics.placements.labels("refused").inc(len(result.refused))
+            committed = len(command.placements) - len(result.refused)
+            self._metrics.placements.labels("committed").inc(committed)
+
+    async def _watch(self, liveness: Liveness, deadlines: Deadlines) -> None:
+        """Propose what silence and deadlines ask for."""
+        while True:
+            commands: list[Command] = list(liveness.tick(monotonic_ms(), wall_ms()))
+            expired = deadlines.due(wall_ms())
+            if expired is not None:
+                commands.append(expired)
+            for command in commands:
+                try:
+                    await self._batcher.submit(command)
+                except PrismError as error:
+                    logger.warning("%s was not committed: %s", type(command).__name__, error)
+            await asyncio.sleep(_WATCH_INTERVAL_S)

@@ -1,0 +1,40 @@
+"""The state machine on this member, and who is told of its changes."""
+
+from collections.abc import Callable, Iterable
+
+from prism_common.signal import Signal
+from prism_control.state.events import Event
+from prism_control.state.machine import Machine
+from prism_control.state.snapshot import encode_snapshot
+
+Listener = Callable[[list[Event]], None]
+
+
+class Replica:
+    """Applies the driver's entries to a machine, which a received snapshot replaces."""
+
+    def __init__(self) -> None:
+        self.machine = Machine()
+        #: Notified after each entry that changed something.
+        self.changed = Signal()
+        #: Told of each entry's changes, in order.
+        self.listener: Listener | None = None
+
+    def apply(self, index: int, data: bytes) -> object:
+        """Apply one entry; return the results of its items."""
+        results, events = self.machine.apply(index, data)
+        if events:
+            if self.listener is not None:
+                self.listener(events)
+            self.changed.notify()
+        return results
+
+    def snapshot(self) -> Callable[[], Iterable[bytes]]:
+        """Return what encodes the state as of now."""
+        view = self.machine.snapshot_view()
+        return lambda: encode_snapshot(view)
+
+    def restore(self, index: int, chunks: Iterable[bytes]) -> None:
+        """Become what a snapshot holds."""
+        self.machine = Machine.from_snapshot(chunks)
+        self.changed.notify()

@@ -1,0 +1,1 @@
+"""Pure, deterministic Raft core: no I/O, no clock, no global randomness."""

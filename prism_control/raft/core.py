@@ -1,0 +1,526 @@
+"""The Raft state machine of one member: messages and ticks in, `Ready` out.
+
+`Core` is pure and deterministic. It reads no clock, does no I/O and draws from no randomness but
+what it is given, so the simulator can replay any run from a seed. Time is ticks.
+
+Contract with the driver, the only caller, which repeats this:
+
+1. Drain what has arrived: `step`, `propose`, `read_index`, `tick`, reports.
+2. `ready = core.take_ready()`; None means that there is nothing to do.
+3. Send `ready.messages_now`, and then write `hard_state`, `snapshot` and `entries` in *one*
+   atomic, synchronous transaction (skip it unless `needs_persist`). If the write fails, stop for
+   good. The core must not be touched meanwhile; arrivals wait in the inbox.
+4. `core.persisted(ready)`, always, even if there was nothing to write.
+5. Send `ready.messages_after_persist`.
+6. Load `ready.snapshot` into the state machine, apply `ready.committed` in order, then call
+   `core.applied(index)` with the last of them (or the snapshot's index).
+7. Serve `ready.reads` whose index is applied; fail or ask again `ready.reads_dropped`.
+
+After a pause, deliver one tick and not all that were missed: an old clock must not depose a
+leader whose messages wait in the inbox. Any message may be lost, repeated, reordered or late.
+
+Snapshots: at an applied index the driver writes the state machine under
+`core.snapshot_meta(index)`, calls `core.snapshot_saved(meta)` once that is durable, then
+`core.compact(index)` with a trailing margin, and deletes the same entries from disk. A
+`SnapshotRequest` among the messages is for the transport of snapshots, which ends with
+`core.report_snapshot`.
+
+An `InvariantError` or `CorruptEntryError` out of any method means that the member must stop.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prism_control.raft.configuration import ConfigurationHistory
+from prism_control.raft.errors import InvariantError, NotLeaderError, ProposalDroppedError
+from prism_control.raft.member import MemberState
+from prism_control.raft.types import (
+    NOBODY,
+    AppendReply,
+    AppendRequest,
+    Entry,
+    EntryKind,
+    HardState,
+    Heartbeat,
+    HeartbeatReply,
+    ReadIndexReply,
+    ReadIndexRequest,
+    ReadState,
+    Ready,
+    Role,
+    SnapshotMeta,
+    SnapshotRequest,
+    SoftState,
+    TimeoutNow,
+    VoteReply,
+    VoteRequest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from prism_control.raft.config import CoreConfig, RandomSource
+    from prism_control.raft.replication import Replication
+    from prism_control.raft.types import MemberId, Message
+
+#: Only a leader of its term sends these.
+_FROM_LEADER = (AppendRequest, Heartbeat, SnapshotRequest)
+
+
+class Core(MemberState):
+    """One member's part in the consensus. See the module for how to drive it."""
+
+    __slots__ = ("_handlers",)
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        random: RandomSource,
+        hard_state: HardState,
+        snapshot: SnapshotMeta,
+        entries: Sequence[Entry],
+    ) -> None:
+        """Start from what the disk holds, as `MemberState` says."""
+        super().__init__(config, random, hard_state, snapshot, entries)
+        self._handlers: dict[type, Callable[..., None]] = {
+            VoteRequest: self._handle_vote_request,
+            VoteReply: self._handle_vote_reply,
+            AppendRequest: self._handle_append_request,
+            AppendReply: self._handle_append_reply,
+            Heartbeat: self._handle_heartbeat,
+            HeartbeatReply: self._handle_heartbeat_reply,
+            SnapshotRequest: self._handle_snapshot_request,
+            ReadIndexRequest: self._handle_read_index_request,
+            ReadIndexReply: self._handle_read_index_reply,
+            TimeoutNow: self._handle_timeout_now,
+        }
+
+    # ------------------------------------------------------------------ what happens to it
+
+    def tick(self) -> None:
+        """Let one unit of time pass."""
+        self._election.elapsed += 1
+        if self.replication is not None:
+            self._tick_leader(self.replication)
+            return
+        self._outbox.drop_reads(self._forwarded_reads.tick())
+        if self._election.is_due and self.configuration.is_voter(self.config.id):
+            self._campaign(Role.PRE_CANDIDATE)
+
+    def step(self, message: Message) -> None:
+        """Take in a message from another member.
+
+        Raises:
+            InvariantError: Something that Raft rules out has happened.
+            CorruptEntryError: A CONFIGURATION entry holds none.
+        """
+        if message.receiver != self.config.id:
+            return
+        if message.term < self.term:
+            self._answer_stale(message)
+            return
+        if message.term > self.term and not self._adopt_term(message):
+            return
+        self._handlers[type(message)](message)
+
+    def propose(self, datas: Sequence[bytes]) -> range:
+        """Append commands to the leader's log.
+
+        Returns:
+            Their indexes. Each is committed iff an entry with its index and the *present* `term`
+            comes out of `Ready.committed`; another term there means that it is lost.
+
+        Raises:
+            NotLeaderError: This member does not lead.
+            ProposalDroppedError: Too much is waiting to be committed.
+        """
+        replication = self.replication
+        if replication is None:
+            raise NotLeaderError(self.leader)
+        size_bytes = sum(map(len, datas))
+        waiting_bytes = replication.uncommitted_bytes
+        if waiting_bytes and waiting_bytes + size_bytes > self._limits.uncommitted_bytes_max:
+            raise ProposalDroppedError(f"{waiting_bytes} bytes are waiting to be committed")
+        first, term = self.log.last_index + 1, self.term
+        self.log.append(
+            [Entry(i, term, EntryKind.NORMAL, data) for i, data in enumerate(datas, first)]
+        )
+        replication.uncommitted_bytes += size_bytes
+        return range(first, first + len(datas))
+
+    def read_index(self, context: int) -> None:
+        """Ask for an index from which the state machine may serve a read (thesis 6.4).
+
+        The answer comes as `Ready.reads` or `Ready.reads_dropped`, or not at all if this
+        member is cut off for good; the caller keeps a deadline.
+
+        Args:
+            context: Names the read, or a batch of reads that have all arrived. Never used
+                before in this cluster, not even before a restart: answers may be very late.
+        """
+        if self.replication is not None:
+            self._add_read(self.replication, self.config.id, context)
+        elif self.leader and len(self._forwarded_reads) < self._limits.reads_waiting_max:
+            self._forwarded_reads.add(context)
+            self._outbox.send_now(ReadIndexRequest(self.config.id, self.leader, self.term, context))
+        else:
+            self._outbox.drop_reads([context])
+
+    def report_unreachable(self, member: MemberId) -> None:
+        """Take note that messages to `member` were lost; a hint, which may be wrong."""
+        if self.replication is not None:
+            self.replication.report_unreachable(member)
+
+    def report_snapshot(self, member: MemberId, ok: bool) -> None:
+        """Take note how a `SnapshotRequest` has ended. Every one must be reported."""
+        if self.replication is not None:
+            self.replication.report_snapshot(member, ok)
+
+    # ------------------------------------------------------------------ what it wants done
+
+    def take_ready(self) -> Ready | None:
+        """Return what must be done, or None. Each must be `persisted` before the next.
+
+        Raises:
+            InvariantError: The last one was not.
+        """
+        if self._unpersisted_ready is not None:
+            raise InvariantError("the last Ready was not persisted yet")
+        if self.replication is not None:
+            self._send_as_leader(self.replication)
+        soft_state = self._changed_soft_state()
+        hard_state = self._changed_hard_state()
+        entries = self.log.slice(self.log.persisted + 1, self.log.last_index)
+        if not (
+            soft_state
+            or hard_state
+            or entries
+            or self._outbox
+            or self._received_snapshot
+            or self._applying < self.commit
+        ):
+            return None
+        saved = self._saved_hard_state
+        term_is_durable = saved.term == self.term and saved.vote == self.vote
+        messages_now, messages_after_persist = self._outbox.take_messages(term_is_durable)
+        committed, _ = self.log.bounded_slice(
+            self._applying + 1, self.commit, self._limits.committed_bytes_max
+        )
+        self._applying += len(committed)
+        reads, reads_dropped = self._outbox.take_reads()
+        self._unpersisted_ready = Ready(
+            soft_state=soft_state,
+            messages_now=messages_now,
+            hard_state=hard_state,
+            snapshot=self._received_snapshot,
+            entries=entries,
+            messages_after_persist=messages_after_persist,
+            committed=committed,
+            reads=reads,
+            reads_dropped=reads_dropped,
+        )
+        self._received_snapshot = None
+        return self._unpersisted_ready
+
+    def persisted(self, ready: Ready) -> None:
+        """Take note that all of `ready` is durable.
+
+        Raises:
+            InvariantError: It is not what was taken last.
+        """
+        if ready is not self._unpersisted_ready:
+            raise InvariantError("persisted something that is not the last Ready")
+        self._unpersisted_ready = None
+        if ready.hard_state is not None:
+            self._saved_hard_state = ready.hard_state
+        if ready.entries:
+            self.log.persisted_to(ready.entries[-1].index)
+            if self.replication is not None:
+                self.replication.persisted(self.log.persisted)
+                self._commit_by_quorum(self.replication)
+
+    def applied(self, index: int) -> None:
+        """Take note that the state machine is at `index`.
+
+        Raises:
+            InvariantError: It went back, or past what was handed out.
+        """
+        if not self._applied <= index <= self._applying:
+            raise InvariantError(
+                f"applied went from {self._applied} to {index}; handed out was {self._applying}"
+            )
+        self._applied = index
+
+    # ------------------------------------------------------------------ snapshots of its own
+
+    def snapshot_meta(self, index: int) -> SnapshotMeta:
+        """Return what to store beside a snapshot of the state machine at `index` (§7).
+
+        Raises:
+            InvariantError: That is not applied, or is compacted away.
+        """
+        term = self.log.term_at(index)
+        if term is None or not self.snapshot.index <= index <= self._applied:
+            raise InvariantError(
+                f"no snapshot at {index}: the last is at {self.snapshot.index}, "
+                f"applied is {self._applied}"
+            )
+        return SnapshotMeta(index, term, self._configurations.at(index))
+
+    def snapshot_saved(self, meta: SnapshotMeta) -> None:
+        """Take note that a snapshot is durable; an older one than the newest is ignored."""
+        if meta.index > self.snapshot.index:
+            self.snapshot = meta
+            self._configurations.compact(meta.index)
+
+    def compact(self, index: int) -> None:
+        """Drop entries up to `index`. Those that slow followers still want are better kept.
+
+        Raises:
+            InvariantError: They are not in the newest snapshot, or not applied.
+        """
+        if index > min(self.snapshot.index, self._applied):
+            raise InvariantError(
+                f"cannot compact to {index}: the snapshot is at {self.snapshot.index}"
+            )
+        self.log.compact(index)
+
+    # ------------------------------------------------------------------ what it tells
+
+    @property
+    def applied_index(self) -> int:
+        """What the state machine has applied."""
+        return self._applied
+
+    # ------------------------------------------------------------------ terms
+
+    def _adopt_term(self, message: Message) -> bool:
+        """Deal with a term above one's own (§5.1); return whether to go on with the message."""
+        if isinstance(message, VoteRequest):
+            # A member that was removed or cut off must not depose a leader that others hear
+            # (thesis 4.2.3 and 9.6), unless that leader wants it.
+            if self._hears_leader() and not message.transfer:
+                return False
+            if message.pre_vote:
+                return True
+        elif isinstance(message, VoteReply) and message.pre_vote and message.granted:
+            return True
+        leader = message.sender if isinstance(message, _FROM_LEADER) else NOBODY
+        self._become_follower(message.term, leader)
+        return True
+
+    def _answer_stale(self, message: Message) -> None:
+        """Answer a sender of an old term, so that it learns the present one (§5.1).
+
+        Without it a member that campaigned in vain while cut off would ignore the leader of
+        the older term for ever, and pre-vote and lease would keep it from being elected.
+        """
+        me, sender = self.config.id, message.sender
+        if isinstance(message, VoteRequest):
+            reply: Message = VoteReply(me, sender, self.term, message.pre_vote, granted=False)
+        elif isinstance(message, _FROM_LEADER):
+            reply = HeartbeatReply(me, sender, self.term)
+        else:
+            return
+        self._outbox.send_after_persist(reply)
+
+    # ------------------------------------------------------------------ votes
+
+    def _handle_vote_request(self, message: VoteRequest) -> None:
+        if message.pre_vote:
+            may_vote = message.term > self.term
+        else:
+            may_vote = self.vote == message.sender or (
+                self.vote == NOBODY and self.leader == NOBODY
+            )
+        granted = may_vote and self.log.is_up_to_date(message.last_index, message.last_term)
+        if granted and not message.pre_vote:
+            self.vote = message.sender
+            self._election.elapsed = 0
+        term = message.term if granted else self.term
+        self._outbox.send_after_persist(
+            VoteReply(self.config.id, message.sender, term, message.pre_vote, granted)
+        )
+
+    def _handle_vote_reply(self, message: VoteReply) -> None:
+        if message.pre_vote:
+            if self.role is not Role.PRE_CANDIDATE:
+                return
+            if message.granted and message.term != self.term + 1:
+                return
+        elif self.role is not Role.CANDIDATE:
+            return
+        self._count_vote(message.sender, message.granted)
+
+    def _handle_timeout_now(self, message: TimeoutNow) -> None:
+        if message.sender == self.leader and self.configuration.is_voter(self.config.id):
+            self._campaign(Role.CANDIDATE, transfer=True)
+
+    # ------------------------------------------------------------------ following
+
+    def _handle_append_request(self, message: AppendRequest) -> None:
+        self._follow(message.sender)
+        log = self.log
+        previous_index, entries = message.previous_index, message.entries
+        if previous_index < self.commit:
+            # What is committed is equal everywhere, and may be compacted away here.
+            entries = entries[self.commit - previous_index :]
+            previous_index = self.commit
+        elif log.term_at(previous_index) != message.previous_term:
+            self._reject_append(message)
+            return
+        known = log.first_conflict(entries)
+        if known < len(entries):
+            self._write(entries[known:])
+        last_new = previous_index + len(entries)
+        self._commit_to(min(message.commit, last_new))
+        self._outbox.send_after_persist(
+            AppendReply(self.config.id, message.sender, self.term, rejected=False, index=last_new)
+        )
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        """Append a leader's entries, first cutting what conflicts with them (§5.3)."""
+        first = entries[0].index
+        if first <= self.commit:
+            raise InvariantError(f"entry {first} is committed, yet the leader has another")
+        if first <= self.log.last_index:
+            self.log.truncate(first)
+            self._configurations.truncate(first)
+        self.log.append(entries)
+        self._configurations.append(entries)
+
+    def _reject_append(self, message: AppendRequest) -> None:
+        """Refuse entries that do not join the log, with a hint where they may (end of §5.3)."""
+        hint_index = self.log.last_index_of_term(message.previous_index, message.previous_term)
+        hint_index = max(hint_index, self.commit)
+        hint_term = self.log.term_at(hint_index)
+        if hint_term is None:
+            raise InvariantError(f"the term of entry {hint_index} is unknown")
+        self._outbox.send_after_persist(
+            AppendReply(
+                self.config.id,
+                message.sender,
+                self.term,
+                rejected=True,
+                index=message.previous_index,
+                hint_index=hint_index,
+                hint_term=hint_term,
+            )
+        )
+
+    def _handle_heartbeat(self, message: Heartbeat) -> None:
+        self._follow(message.sender)
+        self._commit_to(message.commit)
+        self._outbox.send_after_persist(
+            HeartbeatReply(self.config.id, message.sender, self.term, message.read_context)
+        )
+
+    def _handle_snapshot_request(self, message: SnapshotRequest) -> None:
+        self._follow(message.sender)
+        meta = message.meta
+        if meta.index > self.commit:
+            if self.log.term_at(meta.index) == meta.term:
+                self._commit_to(meta.index)
+            else:
+                self._restore(meta)
+        self._outbox.send_after_persist(
+            AppendReply(
+                self.config.id, message.sender, self.term, rejected=False, index=self.commit
+            )
+        )
+
+    def _restore(self, meta: SnapshotMeta) -> None:
+        """Let a snapshot take the place of the log and of the state machine (§7)."""
+        self.log.reset(meta.index, meta.term)
+        self._configurations = ConfigurationHistory(meta)
+        self.snapshot = meta
+        self._received_snapshot = meta
+        self.commit = meta.index
+        self._applying = meta.index
+
+    # ------------------------------------------------------------------ leading
+
+    def _tick_leader(self, replication: Replication) -> None:
+        if self._election.is_past_minimum:
+            self._election.elapsed = 0
+            if not replication.take_quorum_active():
+                self._become_follower(self.term, NOBODY)
+                return
+        replication.tick(self.config.heartbeat_ticks, self.commit)
+
+    def _handle_append_reply(self, message: AppendReply) -> None:
+        replication = self.replication
+        if replication is not None and replication.append_replied(message):
+            self._commit_by_quorum(replication)
+
+    def _handle_heartbeat_reply(self, message: HeartbeatReply) -> None:
+        if self.replication is not None:
+            self.replication.heartbeat_replied(message)
+
+    def _commit_by_quorum(self, replication: Replication) -> None:
+        """Commit what a quorum has on disk, if it is of this leader's own term (§5.4.2).
+
+        Copies of an earlier term's entry prove nothing: a later leader may still replace it
+        (figure 8). It is committed along with an entry of the present term.
+        """
+        index = replication.quorum_index()
+        if index > self.commit and self.log.term_at(index) == self.term:
+            self._commit_to(index)
+
+    def _send_as_leader(self, replication: Replication) -> None:
+        if self.log.term_at(self.commit) == self.term:
+            # Before that, committed entries of earlier terms may still be unknown here.
+            replication.start_read_round(self.commit)
+            self._release_reads(replication)
+        replication.send_all(self.commit, self.snapshot)
+
+    # ------------------------------------------------------------------ reads
+
+    def _add_read(self, replication: Replication, requester: MemberId, context: int) -> None:
+        if replication.reads.length < self._limits.reads_waiting_max:
+            replication.reads.add(requester, context)
+        elif requester == self.config.id:
+            self._outbox.drop_reads([context])
+
+    def _release_reads(self, replication: Replication) -> None:
+        if not replication.reads.length:
+            return
+        for read, index in replication.reads.confirm(replication.quorum_read_round()):
+            if read.requester == self.config.id:
+                self._outbox.read(ReadState(read.context, index))
+            else:
+                self._outbox.send_now(
+                    ReadIndexReply(self.config.id, read.requester, self.term, read.context, index)
+                )
+
+    def _handle_read_index_request(self, message: ReadIndexRequest) -> None:
+        if self.replication is not None:
+            self._add_read(self.replication, message.sender, message.context)
+
+    def _handle_read_index_reply(self, message: ReadIndexReply) -> None:
+        if self._forwarded_reads.answered(message.context):
+            self._outbox.read(ReadState(message.context, message.index))
+
+    # ------------------------------------------------------------------ the next Ready
+
+    def _changed_soft_state(self) -> SoftState | None:
+        shown = self._shown_soft_state
+        if (shown.role, shown.leader, shown.term) == (self.role, self.leader, self.term):
+            return None
+        self._shown_soft_state = SoftState(self.role, self.leader, self.term)
+        return self._shown_soft_state
+
+    def _changed_hard_state(self) -> HardState | None:
+        """Return what to write; a new commit index alone waits for something worth a write."""
+        state = HardState(self.term, self.vote, self.commit)
+        saved = self._saved_hard_state
+        if state == saved:
+            return None
+        worth_a_write = (
+            saved.term != self.term
+            or saved.vote != self.vote
+            or self.log.persisted < self.log.last_index
+            or self._received_snapshot is not None
+        )
+        return state if worth_a_write else None

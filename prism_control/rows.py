@@ -1,0 +1,133 @@
+"""Rows of the state to protos."""
+
+from google.protobuf import duration_pb2, timestamp_pb2
+from prism.node.v1 import node_pb2
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_control.state.model import Amounts, NodeRow, RuntimeRow, SandboxRow, Spec
+
+
+def timestamp(ms: int) -> timestamp_pb2.Timestamp | None:
+    """Return a time in milliseconds since 1970 as a proto; None for 0, which is "not yet"."""
+    if not ms:
+        return None
+    return timestamp_pb2.Timestamp(seconds=ms // 1000, nanos=ms % 1000 * 1_000_000)
+
+
+def duration(ms: int) -> duration_pb2.Duration | None:
+    """Return a length of time in milliseconds as a proto; None for 0, which is "none"."""
+    if not ms:
+        return None
+    return duration_pb2.Duration(seconds=ms // 1000, nanos=ms % 1000 * 1_000_000)
+
+
+def spec_proto(spec: Spec) -> sandbox_pb2.SandboxSpec:
+    """Return the proto of a spec."""
+    return sandbox_pb2.SandboxSpec(
+        image=spec.image,
+        limits=sandbox_pb2.Limits(
+            cpu_millicores=spec.cpu_millicores,
+            memory_bytes=spec.memory_bytes,
+            disk_bytes=spec.disk_bytes,
+            processes_max=spec.processes_max,
+            open_files_max=spec.open_files_max,
+        ),
+        env=dict(spec.env),
+        labels=dict(spec.labels),
+        ttl=duration(spec.ttl_ms),
+        idle_timeout=duration(spec.idle_timeout_ms),
+        runtime=spec.runtime,
+        on_node_loss=sandbox_pb2.OnNodeLoss.ValueType(spec.on_node_loss),
+        priority=spec.priority,
+        node_selector=dict(spec.node_selector),
+    )
+
+
+def sandbox_proto(row: SandboxRow) -> sandbox_pb2.Sandbox:
+    """Return the proto of a sandbox."""
+    return sandbox_pb2.Sandbox(
+        id=row.id,
+        name=row.name,
+        spec=spec_proto(row.spec),
+        state=sandbox_pb2.SandboxState.ValueType(row.state),
+        reason=row.reason,
+        message=row.message,
+        node_id=row.node_id,
+        node_name=row.node_name,
+        runtime=row.runtime,
+        generation=row.generation,
+        revision=row.revision,
+        create_time=timestamp(row.create_ms),
+        schedule_time=timestamp(row.schedule_ms),
+        ready_time=timestamp(row.ready_ms),
+        end_time=timestamp(row.end_ms),
+        expire_time=timestamp(row.expire_ms),
+        last_seen_time=timestamp(row.last_seen_ms),
+        placement=[
+            sandbox_pb2.PlacementRefusal(
+                node_id=refusal.node_id, node_name=refusal.node_name, reason=refusal.reason
+            )
+            for refusal in row.placement
+        ],
+    )
+
+
+def amounts_proto(amounts: Amounts) -> node_pb2.ResourceAmounts:
+    """Return the proto of an amount."""
+    return node_pb2.ResourceAmounts(
+        cpu_millicores=amounts.cpu_millicores,
+        memory_bytes=amounts.memory_bytes,
+        disk_bytes=amounts.disk_bytes,
+        slots=amounts.slots,
+    )
+
+
+def amounts_of(proto: node_pb2.ResourceAmounts) -> Amounts:
+    """Return the amount of a proto."""
+    return Amounts(
+        cpu_millicores=proto.cpu_millicores,
+        memory_bytes=proto.memory_bytes,
+        disk_bytes=proto.disk_bytes,
+        slots=proto.slots,
+    )
+
+
+def runtime_of(proto: node_pb2.RuntimeStatus) -> RuntimeRow:
+    """Return the runtime of a proto."""
+    return RuntimeRow(
+        name=proto.name, ready=proto.ready, message=proto.message, version=proto.version
+    )
+
+
+def node_proto(row: NodeRow, allocated: Amounts, last_seen_ms: int) -> node_pb2.Node:
+    """Return the proto of a node.
+
+    Args:
+        row: The node.
+        allocated: What is promised there.
+        last_seen_ms: When the leader last heard it; the row's own is older.
+    """
+    return node_pb2.Node(
+        id=row.id,
+        name=row.name,
+        state=node_pb2.NodeState.ValueType(row.state),
+        cordoned=row.cordoned,
+        address=row.address,
+        capacity=amounts_proto(row.capacity),
+        allocated=amounts_proto(allocated),
+        runtimes=[
+            node_pb2.RuntimeStatus(
+                name=runtime.name,
+                ready=runtime.ready,
+                message=runtime.message,
+                version=runtime.version,
+            )
+            for runtime in row.runtimes
+        ],
+        labels=dict(row.labels),
+        sandboxes=allocated.slots,
+        version=row.version,
+        last_seen_time=timestamp(last_seen_ms),
+        create_time=timestamp(row.create_ms),
+        incarnation=row.incarnation,
+    )

@@ -1,0 +1,308 @@
+"""Commands of the state machine, and the envelope in which a Raft entry carries them.
+
+A command says what shall be, in the imperative; the machine answers with one result an item, and
+with events of what has changed. Commands are on disk and on the wire to members of other versions:
+
+- a tag is never used again, and a new field goes last with a default;
+- a command or meaning that an older member cannot apply needs a higher `VERSION`: such a member
+  stops with `UnknownCommandError` rather than to diverge.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from prism_common.errors import PrismError
+from prism_control.state.model import (
+    Amounts,
+    ObservedState,
+    Pairs,
+    PlacementRefusal,
+    RuntimeRow,
+    Spec,
+)
+
+#: Highest version of proposals that this member can apply.
+VERSION: Final = 1
+
+
+class UnknownCommandError(PrismError):
+    """The log holds a command of a newer version; this member must be upgraded to go on.
+
+    Attributes:
+        version: Version that the proposal needs.
+    """
+
+    reason = "UNKNOWN_COMMAND"
+
+    def __init__(self, message: str, version: int) -> None:
+        super().__init__(message)
+        self.version = version
+
+
+class MalformedProposalError(PrismError):
+    """The bytes are no proposal at all: the log is corrupt, or not Prism's."""
+
+    reason = "MALFORMED_PROPOSAL"
+
+
+class CreateSandbox(Struct, frozen=True, array_like=True, gc=False, tag=1):
+    """Asks for a sandbox. Result: Ok, or Refused with ALREADY_EXISTS or REQUEST_ID_REUSED.
+
+    Attributes:
+        request_id: Idempotency key; empty: none.
+        fingerprint: Digest of the request's contents, at most 32 bytes.
+        sandbox_id: Made by the API, never used before.
+        name: Unique among sandboxes that are not DELETED.
+    """
+
+    request_id: str
+    fingerprint: bytes
+    sandbox_id: str
+    name: str
+    spec: Spec
+
+
+class DeleteSandbox(Struct, frozen=True, array_like=True, gc=False, tag=2):
+    """Removes a sandbox from any state. Result: Ok, or Refused with NOT_FOUND.
+
+    Attributes:
+        sandbox: Id or exact name.
+        grace_ms: From SIGTERM to SIGKILL; taken as 0 with `force`.
+    """
+
+    request_id: str
+    fingerprint: bytes
+    sandbox: str
+    force: bool = False
+    grace_ms: int = 0
+
+
+class StopSandbox(Struct, frozen=True, array_like=True, gc=False, tag=3):
+    """Ends its processes and keeps its files. Result: Ok, or Refused (NOT_FOUND, WRONG_STATE)."""
+
+    request_id: str
+    fingerprint: bytes
+    sandbox: str
+    grace_ms: int = 0
+
+
+class StartSandbox(Struct, frozen=True, array_like=True, gc=False, tag=4):
+    """Starts a STOPPED sandbox again. Result: Ok, or Refused (NOT_FOUND, WRONG_STATE)."""
+
+    request_id: str
+    fingerprint: bytes
+    sandbox: str
+
+
+class Placement(Struct, frozen=True, array_like=True, gc=False):
+    """The scheduler's choice for one sandbox.
+
+    Attributes:
+        generation: That the scheduler saw; the choice is void if it has moved on.
+    """
+
+    sandbox_id: str
+    generation: int
+    node_id: str
+
+
+class Explanation(Struct, frozen=True, array_like=True, gc=False):
+    """Why sandboxes of one shape stay PENDING.
+
+    Attributes:
+        sandbox_ids: Those that it explains.
+        message: The sum of it, for people.
+        refusals: For each node why not; at most REFUSALS_MAX are kept.
+    """
+
+    sandbox_ids: tuple[str, ...]
+    message: str
+    refusals: tuple[PlacementRefusal, ...]
+
+
+class AssignSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=5):
+    """Places what waits, and explains what stays. Result: Assigned."""
+
+    placements: tuple[Placement, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
+
+
+class Report(Struct, frozen=True, array_like=True, gc=False):
+    """What an agent sees of one sandbox; as prism.agent.v1.SandboxReport.
+
+    Attributes:
+        start_count: Of the last start that the agent made.
+        at_ms: When it came to this state, by the agent's clock; informative only.
+    """
+
+    sandbox_id: str
+    generation: int
+    state: ObservedState
+    reason: str = ""
+    message: str = ""
+    runtime: str = ""
+    start_count: int = 1
+    at_ms: int = 0
+
+
+class ReportSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=6):
+    """Records what an agent saw change. Result: Applied; all ignored if the incarnation is old."""
+
+    node_id: str
+    incarnation: str
+    reports: tuple[Report, ...]
+
+
+class RegisterNode(Struct, frozen=True, array_like=True, gc=False, tag=7):
+    """Adds a node, or says that its agent is back. Result: NodeOk, or Refused (ALREADY_EXISTS).
+
+    Attributes:
+        lease_ms: The lease that this registration's Welcome tells the agent.
+        heartbeat_ms: The interval that it tells.
+        reports: All sandboxes that the agent has. What the state has there beyond them, and the
+            agent had acknowledged before, is LOST with reason NODE_FORGOT.
+    """
+
+    node_id: str
+    name: str
+    incarnation: str
+    address: str
+    capacity: Amounts
+    runtimes: tuple[RuntimeRow, ...]
+    labels: Pairs
+    version: str
+    lease_ms: int
+    heartbeat_ms: int
+    reports: tuple[Report, ...] = ()
+
+
+class SuspectNode(Struct, frozen=True, array_like=True, gc=False, tag=8):
+    """Places nothing new on a READY node until it is heard again. Result: Applied."""
+
+    node_id: str
+    incarnation: str
+    last_seen_ms: int
+
+
+class LoseNode(Struct, frozen=True, array_like=True, gc=False, tag=9):
+    """Gives a node up: its sandboxes become LOST or PENDING again. Result: Applied."""
+
+    node_id: str
+    incarnation: str
+    last_seen_ms: int
+
+
+class ReviveNode(Struct, frozen=True, array_like=True, gc=False, tag=10):
+    """Says that a SUSPECT node was heard. A LOST one must register again. Result: Applied."""
+
+    node_id: str
+    incarnation: str
+    last_seen_ms: int
+
+
+class CordonNode(Struct, frozen=True, array_like=True, gc=False, tag=11):
+    """Places nothing new on a node, or again. Result: NodeOk, or Refused (NOT_FOUND).
+
+    Attributes:
+        node: Id or exact name.
+    """
+
+    node: str
+    cordoned: bool
+
+
+class ExpireSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=12):
+    """Removes sandboxes whose TTL is over. Result: Applied; those not due are ignored."""
+
+    sandbox_ids: tuple[str, ...]
+
+
+Command: TypeAlias = (
+    CreateSandbox
+    | DeleteSandbox
+    | StopSandbox
+    | StartSandbox
+    | AssignSandboxes
+    | ReportSandboxes
+    | RegisterNode
+    | SuspectNode
+    | LoseNode
+    | ReviveNode
+    | CordonNode
+    | ExpireSandboxes
+)
+
+
+class Proposal(Struct, frozen=True, array_like=True, gc=False):
+    """What one Raft entry carries.
+
+    Attributes:
+        version: Lowest version of the machine that can apply all items.
+        at_ms: The leader's clock when it proposed: the only clock that the machine knows.
+        items: Applied in order; each has its own result.
+    """
+
+    version: int
+    at_ms: int
+    items: tuple[Command, ...]
+
+
+class _Head(Struct, frozen=True, array_like=True):
+    """A proposal of any version."""
+
+    version: int
+    at_ms: int
+    items: msgspec.Raw
+
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(Proposal)
+_head_decoder: Final = msgspec.msgpack.Decoder(_Head)
+
+
+def encode(proposal: Proposal) -> bytes:
+    """Return the bytes of a Raft entry."""
+    return _encoder.encode(proposal)
+
+
+def decode(data: bytes) -> Proposal:
+    """Read a Raft entry.
+
+    Raises:
+        UnknownCommandError: A newer version wrote it.
+        MalformedProposalError: It is no proposal.
+    """
+    try:
+        proposal = _decoder.decode(data)
+    except msgspec.DecodeError as error:  # also the base of ValidationError
+        raise _unreadable(data, error) from error
+    if proposal.version > VERSION:
+        raise _too_new(proposal.version)
+    return proposal
+
+
+def _unreadable(data: bytes, error: msgspec.DecodeError) -> PrismError:
+    """Tell a proposal of a newer version from bytes that are none."""
+    try:
+        head = _head_decoder.decode(data)
+    except msgspec.DecodeError:
+        return MalformedProposalError(f"not a proposal: {error}")
+    if head.version > VERSION:
+        return _too_new(head.version)
+    return UnknownCommandError(
+        f"a proposal of version {head.version} holds a command that version {VERSION} of this "
+        f"member does not know: {error}",
+        head.version,
+    )
+
+
+def _too_new(version: int) -> UnknownCommandError:
+    return UnknownCommandError(
+        f"the log holds commands of version {version}; this member knows up to {VERSION}: "
+        "upgrade it",
+        version,
+    )

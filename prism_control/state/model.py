@@ -1,0 +1,262 @@
+"""Rows of the replicated state: immutable, equal on every member, encoded as they are.
+
+Units stand last in each name: `_ms` are milliseconds since 1970 by the clock of the leader that
+proposed the change, or a length of time where the name says so (ttl, timeout, grace, lease). 0 is
+"none" or "not yet". Rows are arrays on disk: a new field goes last and has a default.
+
+`gc=False`: rows hold only strings, numbers, tuples and other rows, so that no cycle is possible
+and the garbage collector need not visit hundreds of thousands of them.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final, TypeAlias
+
+from msgspec import Struct
+
+#: Key and value pairs, sorted by key: unlike a dict they are immutable, hashable and shareable.
+Pairs: TypeAlias = tuple[tuple[str, str], ...]
+
+#: Nodes that one explanation names; an operator reads no more, and rows stay small.
+REFUSALS_MAX: Final = 16
+
+
+class SandboxState(enum.IntEnum):
+    """Where a sandbox is in its life; the numbers are those of prism.sandbox.v1.SandboxState."""
+
+    #: Committed; no node is chosen.
+    PENDING = 1
+    #: A node is chosen and has not begun.
+    SCHEDULED = 2
+    #: The node is making it.
+    STARTING = 3
+    #: It accepts execs.
+    READY = 4
+    #: Its processes are frozen.
+    PAUSED = 5
+    #: Its processes are being ended.
+    STOPPING = 6
+    #: No process runs; its files are kept.
+    STOPPED = 7
+    #: It ended by itself.
+    FAILED = 8
+    #: Its node is gone.
+    LOST = 9
+    #: Its node is removing it.
+    DELETING = 10
+    #: A tombstone.
+    DELETED = 11
+
+
+class DesiredState(enum.IntEnum):
+    """What its node shall make of it; the numbers are those of prism.agent.v1.DesiredState."""
+
+    RUNNING = 1
+    STOPPED = 2
+    DELETED = 3
+
+
+class ObservedState(enum.IntEnum):
+    """What an agent sees; the numbers are those of prism.agent.v1.ObservedState."""
+
+    STARTING = 1
+    READY = 2
+    STOPPING = 3
+    STOPPED = 4
+    FAILED = 5
+    DELETED = 6
+
+
+class NodeState(enum.IntEnum):
+    """What the control plane thinks of a node; as prism.node.v1.NodeState."""
+
+    #: Heard in time.
+    READY = 1
+    #: Missed heartbeats; nothing new is placed there.
+    SUSPECT = 2
+    #: Missed its lease.
+    LOST = 3
+
+
+class OnNodeLoss(enum.IntEnum):
+    """What happens to a sandbox whose node is lost; as prism.sandbox.v1.OnNodeLoss."""
+
+    LOST = 1
+    RESCHEDULE = 2
+
+
+class Amounts(Struct, frozen=True, array_like=True, gc=False):
+    """An amount of what sandboxes use: thousandths of a core, bytes, bytes, sandboxes."""
+
+    cpu_millicores: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    slots: int = 0
+
+
+NOTHING: Final = Amounts()
+
+
+class Spec(Struct, frozen=True, array_like=True, gc=False):
+    """What the user asked for, with defaults filled in by the API. Fixed after creation.
+
+    Attributes:
+        ttl_ms: From creation to removal; 0 is none.
+        idle_timeout_ms: Without an exec until removal, kept by the agent; 0 is none.
+        runtime: Empty is the node's best.
+        priority: Higher is placed first.
+    """
+
+    image: str
+    cpu_millicores: int
+    memory_bytes: int
+    disk_bytes: int
+    processes_max: int
+    open_files_max: int
+    env: Pairs = ()
+    labels: Pairs = ()
+    ttl_ms: int = 0
+    idle_timeout_ms: int = 0
+    runtime: str = ""
+    on_node_loss: OnNodeLoss = OnNodeLoss.LOST
+    priority: int = 0
+    node_selector: Pairs = ()
+
+
+class PlacementRefusal(Struct, frozen=True, array_like=True, gc=False):
+    """Why one node does not take a PENDING sandbox, for people."""
+
+    node_id: str
+    node_name: str
+    reason: str
+
+
+class SandboxRow(Struct, frozen=True, array_like=True, gc=False):
+    """One sandbox.
+
+    Attributes:
+        state: Last observed, or decided where nobody has observed anything yet.
+        desired: What the node is told.
+        reason: Stable code of why it is FAILED, LOST, STOPPED or gone.
+        node_id: Owner; empty while PENDING, and for a FAILED one of which no node has anything any
+            more. LOST and DELETED keep it for the record only.
+        generation: Counts placements, from 1: the one that runs, or that a PENDING one waits for.
+        start_count: Starts asked for within the generation, from 1.
+        grace_ms: From SIGTERM to SIGKILL at the stop or delete that is wanted.
+        revision: Of the state when it last changed; unique among all rows.
+        create_revision: Of its creation: the order of lists, and of arrival.
+        end_ms: When it came to STOPPED, FAILED, LOST or DELETED; 0 while it lives.
+        acknowledged: The node has reported this generation at least once.
+        placement: Why it is PENDING, at most REFUSALS_MAX nodes.
+    """
+
+    id: str
+    name: str
+    spec: Spec
+    state: SandboxState
+    desired: DesiredState
+    generation: int
+    revision: int
+    create_revision: int
+    create_ms: int
+    expire_ms: int = 0
+    start_count: int = 1
+    node_id: str = ""
+    node_name: str = ""
+    runtime: str = ""
+    reason: str = ""
+    message: str = ""
+    grace_ms: int = 0
+    schedule_ms: int = 0
+    ready_ms: int = 0
+    end_ms: int = 0
+    last_seen_ms: int = 0
+    acknowledged: bool = False
+    placement: tuple[PlacementRefusal, ...] = ()
+
+
+def new_sandbox(sandbox_id: str, name: str, spec: Spec, now_ms: int, revision: int) -> SandboxRow:
+    """Return the row of a sandbox that is created now, as this revision."""
+    return SandboxRow(
+        sandbox_id,
+        name,
+        spec,
+        SandboxState.PENDING,
+        DesiredState.RUNNING,
+        1,
+        revision,
+        revision,
+        now_ms,
+        now_ms + spec.ttl_ms if spec.ttl_ms else 0,
+    )
+
+
+class RuntimeRow(Struct, frozen=True, array_like=True, gc=False):
+    """Whether one runtime works on a node; as prism.node.v1.RuntimeStatus."""
+
+    name: str
+    ready: bool
+    message: str = ""
+    version: str = ""
+
+
+class NodeRow(Struct, frozen=True, array_like=True, gc=False):
+    """One node. What is promised there is derived: `Machine.allocated`.
+
+    Attributes:
+        incarnation: Random text of the agent's process: tells a restart.
+        lease_ms: How long it was told that it counts as alive after a heartbeat. It is kept here
+            so that the next leader waits as long as its predecessor had promised.
+        heartbeat_ms: Time between heartbeats that it was told.
+        last_seen_ms: When a leader had last heard it, as of the last change of this row.
+    """
+
+    id: str
+    name: str
+    state: NodeState
+    incarnation: str
+    address: str
+    capacity: Amounts
+    runtimes: tuple[RuntimeRow, ...]
+    labels: Pairs
+    version: str
+    lease_ms: int
+    heartbeat_ms: int
+    revision: int
+    create_ms: int
+    last_seen_ms: int
+    cordoned: bool = False
+
+
+#: States in which nothing of a sandbox is left on a node that its agent should know of.
+_UNPLACED: Final = frozenset({SandboxState.PENDING, SandboxState.LOST, SandboxState.DELETED})
+
+
+def is_placed(row: SandboxRow) -> bool:
+    """Return whether the row's node has work with it: it is among that node's assignments."""
+    return row.state not in _UNPLACED and row.node_id != ""
+
+
+def need_of(spec: Spec) -> Amounts:
+    """Return what a sandbox of this spec takes from its node."""
+    return Amounts(spec.cpu_millicores, spec.memory_bytes, spec.disk_bytes, 1)
+
+
+def held_by(row: SandboxRow) -> Amounts:
+    """Return what the row takes from its node now.
+
+    A STOPPED sandbox keeps all, so that it can always start again. A FAILED one, and one that is
+    removed after it had ended, keep only their files: no process of them runs. They never take
+    again what they gave back, so no row's change can over-commit a node.
+    """
+    if not is_placed(row):
+        return NOTHING
+    if row.state is SandboxState.FAILED or (row.state is SandboxState.DELETING and row.end_ms):
+        return Amounts(disk_bytes=row.spec.disk_bytes)
+    return need_of(row.spec)
+
+
+def pairs(values: dict[str, str]) -> Pairs:
+    """Return a map's entries sorted by key."""
+    return tuple(sorted(values.items()))

@@ -1,0 +1,247 @@
+"""What nodes' registrations, reports and silence do to the tables."""
+
+from __future__ import annotations
+
+from sys import intern
+from typing import Final
+
+from msgspec.structs import replace
+
+from prism_control.state.commands import (
+    CordonNode,
+    LoseNode,
+    RegisterNode,
+    Report,
+    ReportSandboxes,
+    ReviveNode,
+    SuspectNode,
+)
+from prism_control.state.model import (
+    DesiredState,
+    NodeRow,
+    NodeState,
+    OnNodeLoss,
+    SandboxRow,
+    SandboxState,
+)
+from prism_control.state.results import Applied, NodeOk, RefusalKind, Refused
+from prism_control.state.tables import Tables
+from prism_control.state.transitions import CAUSE_OF_REPORT, Cause, next_state
+
+NODE_LOST: Final = "NODE_LOST"
+NODE_FORGOT: Final = "NODE_FORGOT"
+#: A LOST node is listed for this long, so that somebody sees it; then it is forgotten.
+LOST_NODE_KEPT_MS: Final = 24 * 3600 * 1000
+#: Rows stay small, whatever an agent says.
+_MESSAGE_LENGTH_MAX: Final = 500
+
+_DESIRED_AFTER: Final = {
+    SandboxState.STOPPING: DesiredState.STOPPED,
+    SandboxState.STOPPED: DesiredState.STOPPED,
+    # A FAILED sandbox must not be made anew by an agent that has lost it.
+    SandboxState.FAILED: DesiredState.STOPPED,
+    SandboxState.DELETED: DesiredState.DELETED,
+}
+_ENDED: Final = frozenset({SandboxState.STOPPED, SandboxState.FAILED, SandboxState.DELETED})
+
+
+def register(tables: Tables, command: RegisterNode) -> NodeOk | Refused:
+    """Add a node or take it back, with all that its agent has."""
+    holder_id = tables.node_names.get(command.name, command.node_id)
+    if holder_id != command.node_id:
+        holder = tables.nodes[holder_id]
+        if holder.state is not NodeState.LOST:
+            return Refused(
+                RefusalKind.ALREADY_EXISTS,
+                f"the name {command.name!r} belongs to node {holder.id} at {holder.address}, which "
+                "is alive: give this agent another --name",
+                "name",
+            )
+        tables.drop_node(holder)
+    _drop_long_lost(tables, command.node_id)
+    previous = tables.nodes.get(command.node_id)
+    node = tables.put_node(
+        NodeRow(
+            id=command.node_id,
+            name=command.name,
+            state=NodeState.READY,
+            incarnation=command.incarnation,
+            address=command.address,
+            capacity=command.capacity,
+            runtimes=command.runtimes,
+            labels=command.labels,
+            version=command.version,
+            lease_ms=command.lease_ms,
+            heartbeat_ms=command.heartbeat_ms,
+            revision=0,
+            create_ms=tables.now_ms if previous is None else previous.create_ms,
+            last_seen_ms=tables.now_ms,
+            cordoned=previous is not None and previous.cordoned,
+        )
+    )
+    for one in command.reports:
+        _report(tables, node.id, one)
+    has = {(one.sandbox_id, one.generation) for one in command.reports}
+    for row in tables.placed_on(node.id):
+        if (row.id, row.generation) not in has:
+            _forgotten(tables, row)
+    return NodeOk(node)
+
+
+def report(tables: Tables, command: ReportSandboxes) -> Applied:
+    """Record what an agent saw."""
+    node = tables.nodes.get(command.node_id)
+    if node is None or node.incarnation != command.incarnation:
+        return Applied(0, len(command.reports))
+    before, ignored = tables.revision, 0
+    for one in command.reports:
+        if not _report(tables, node.id, one):
+            ignored += 1
+    return Applied(tables.revision - before, ignored)
+
+
+def suspect(tables: Tables, command: SuspectNode) -> Applied:
+    """Place nothing new on a READY node."""
+    return _mark(tables, command, NodeState.READY, NodeState.SUSPECT)
+
+
+def revive(tables: Tables, command: ReviveNode) -> Applied:
+    """Trust a SUSPECT node again."""
+    return _mark(tables, command, NodeState.SUSPECT, NodeState.READY)
+
+
+def lose(tables: Tables, command: LoseNode) -> Applied:
+    """Give a node up, and with it what ran there."""
+    node = tables.nodes.get(command.node_id)
+    if node is None or node.incarnation != command.incarnation or node.state is NodeState.LOST:
+        return Applied(0, 1)
+    before = tables.revision
+    seen_ms = max(command.last_seen_ms, node.last_seen_ms)
+    tables.put_node(_with(node, NodeState.LOST, seen_ms))
+    for row in tables.placed_on(node.id):
+        _lose(tables, row, NODE_LOST, f"its node {row.node_name!r} was lost", seen_ms)
+    return Applied(tables.revision - before)
+
+
+def cordon(tables: Tables, command: CordonNode) -> NodeOk | Refused:
+    """Close a node to new sandboxes, or open it."""
+    node = tables.node(command.node)
+    if node is None:
+        return Refused(RefusalKind.NOT_FOUND, f"no node {command.node!r}", "node")
+    if node.cordoned == command.cordoned:
+        return NodeOk(node)
+    return NodeOk(tables.put_node(_with(node, node.state, node.last_seen_ms, command.cordoned)))
+
+
+def _mark(
+    tables: Tables, command: SuspectNode | ReviveNode, before: NodeState, after: NodeState
+) -> Applied:
+    node = tables.nodes.get(command.node_id)
+    if node is None or node.incarnation != command.incarnation or node.state is not before:
+        return Applied(0, 1)
+    seen_ms = max(command.last_seen_ms, node.last_seen_ms)
+    tables.put_node(_with(node, after, seen_ms))
+    return Applied(1)
+
+
+def _drop_long_lost(tables: Tables, node_id: str) -> None:
+    """Forget nodes that are LOST for long, except the one that registers now."""
+    horizon = tables.now_ms - LOST_NODE_KEPT_MS
+    for node in list(tables.nodes.values()):
+        if node.state is NodeState.LOST and node.last_seen_ms < horizon and node.id != node_id:
+            tables.drop_node(node)
+
+
+def _report(tables: Tables, node_id: str, report: Report) -> bool:
+    """Apply one observation; False if it is fenced off, stale, or the table has no such step."""
+    row = tables.sandboxes.get(report.sandbox_id)
+    if row is None or row.node_id != node_id or row.generation != report.generation:
+        return False
+    cause = CAUSE_OF_REPORT[report.state]
+    if report.start_count < row.start_count and cause is not Cause.REPORT_DELETED:
+        return False  # the agent has not heard of the start that is wanted now
+    state = next_state(row.state, cause)
+    if state is None:
+        return False
+    runtime = intern(report.runtime or row.runtime)  # one text for a hundred thousand rows
+    if state is row.state and row.acknowledged and runtime == row.runtime:
+        return True  # known
+    ended = state in _ENDED
+    now_ms = tables.now_ms
+    # Where the leader has ended it (a TTL), the agent need not say why again.
+    reason = report.reason or (row.reason if ended else "")
+    message = report.message or (row.message if ended else "")
+    tables.put_sandbox(
+        row,
+        state=state,
+        desired=_DESIRED_AFTER.get(state, row.desired),
+        runtime=runtime,
+        reason=reason,
+        message=message[:_MESSAGE_LENGTH_MAX],
+        ready_ms=now_ms if state is SandboxState.READY else row.ready_ms,
+        end_ms=(row.end_ms or now_ms) if ended else row.end_ms,
+        acknowledged=True,
+    )
+    return True
+
+
+def _forgotten(tables: Tables, row: SandboxRow) -> None:
+    """Draw the conclusion from an agent that does not have what the state has there.
+
+    What it never acknowledged is assigned again.
+    """
+    if row.state is SandboxState.DELETING:
+        _lose(tables, row, row.reason, row.message, row.last_seen_ms)
+    elif row.acknowledged:
+        message = f"its node {row.node_name!r} came back without it"
+        _lose(tables, row, NODE_FORGOT, message, tables.now_ms)
+
+
+def _lose(tables: Tables, row: SandboxRow, reason: str, message: str, seen_ms: int) -> None:
+    """End a sandbox whose node has nothing of it any more, or place it again."""
+    if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE:
+        state = next_state(row.state, Cause.RESCHEDULE)
+        if state is not None:
+            _reschedule(tables, row, state, message)
+            return
+    state = next_state(row.state, Cause.LOSE)
+    if state is row.state:  # FAILED: it had ended before, and only its files are gone now
+        tables.put_sandbox(row, node_id="")
+        return
+    deleted = state is SandboxState.DELETED
+    tables.put_sandbox(
+        row,
+        state=state,
+        # A node that returns with it is told to remove its copy.
+        desired=DesiredState.DELETED,
+        reason=row.reason if deleted else reason,
+        message=row.message if deleted else message,
+        last_seen_ms=row.last_seen_ms if deleted else seen_ms,
+        end_ms=tables.now_ms,
+    )
+
+
+def _reschedule(tables: Tables, row: SandboxRow, state: SandboxState, message: str) -> None:
+    """Let a sandbox wait for a node again, as the next generation."""
+    tables.put_sandbox(
+        row,
+        state=state,
+        desired=DesiredState.RUNNING,
+        generation=row.generation + 1,
+        start_count=1,
+        node_id="",
+        node_name="",
+        runtime="",
+        reason="",
+        message=f"{message}; it waits to be placed again",
+        schedule_ms=0,
+        ready_ms=0,
+        acknowledged=False,
+    )
+
+
+def _with(
+    node: NodeRow, state: NodeState, last_seen_ms: int, cordoned: bool | None = None
+) -> NodeRow:
+    cordoned = node.cordoned if cordoned is None else cordoned
+    return replace(node, state=state, last_seen_ms=last_seen_ms, cordoned=cordoned)

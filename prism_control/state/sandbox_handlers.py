@@ -1,0 +1,206 @@
+"""What users' commands and the scheduler's do to the tables. Each returns its item's result."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prism_common.limits import GRACE_S_DEFAULT
+from prism_control.state.commands import (
+    AssignSandboxes,
+    CreateSandbox,
+    DeleteSandbox,
+    ExpireSandboxes,
+    Explanation,
+    Placement,
+    StartSandbox,
+    StopSandbox,
+)
+from prism_control.state.model import (
+    REFUSALS_MAX,
+    DesiredState,
+    NodeState,
+    SandboxRow,
+    SandboxState,
+    is_placed,
+    need_of,
+    new_sandbox,
+)
+from prism_control.state.results import Applied, Assigned, Ok, RefusalKind, Refused
+from prism_control.state.tables import Tables
+from prism_control.state.transitions import Cause, next_state
+
+TTL_EXPIRED: Final = "TTL_EXPIRED"
+_GRACE_MS_DEFAULT: Final = int(GRACE_S_DEFAULT * 1000)
+
+
+def create(tables: Tables, command: CreateSandbox) -> Ok | Refused:
+    """Add a PENDING sandbox."""
+    if command.name in tables.names:
+        return Refused(
+            RefusalKind.ALREADY_EXISTS,
+            f"the name {command.name!r} is taken by sandbox {tables.names[command.name]}",
+            "name",
+        )
+    if command.sandbox_id in tables.sandboxes:
+        return Refused(
+            RefusalKind.ALREADY_EXISTS, f"the id {command.sandbox_id!r} is taken", "sandbox_id"
+        )
+    spec = tables.intern(command.spec)
+    row = new_sandbox(command.sandbox_id, command.name, spec, tables.now_ms, tables.revision + 1)
+    return Ok(tables.create_sandbox(row))
+
+
+def delete(tables: Tables, command: DeleteSandbox) -> Ok | Refused:
+    """Remove a sandbox: at once where no node has anything of it."""
+    row = tables.sandbox(command.sandbox)
+    if row is None or row.state is SandboxState.DELETED:
+        return _not_found(command.sandbox)
+    grace_ms = 0 if command.force else command.grace_ms
+    return Ok(_remove(tables, row, grace_ms, row.reason, row.message))
+
+
+def stop(tables: Tables, command: StopSandbox) -> Ok | Refused:
+    """Have a sandbox's processes ended."""
+    row = tables.sandbox(command.sandbox)
+    if row is None or row.state is SandboxState.DELETED:
+        return _not_found(command.sandbox)
+    state = next_state(row.state, Cause.STOP)
+    if state is None:
+        return _wrong_state(row, "stopped")
+    if state is row.state:
+        return Ok(row)
+    return Ok(
+        tables.put_sandbox(
+            row, state=state, desired=DesiredState.STOPPED, grace_ms=command.grace_ms
+        )
+    )
+
+
+def start(tables: Tables, command: StartSandbox) -> Ok | Refused:
+    """Have a STOPPED sandbox started again."""
+    row = tables.sandbox(command.sandbox)
+    if row is None or row.state is SandboxState.DELETED:
+        return _not_found(command.sandbox)
+    state = next_state(row.state, Cause.START)
+    if state is None:
+        return _wrong_state(row, "started")
+    return Ok(
+        tables.put_sandbox(
+            row,
+            state=state,
+            desired=DesiredState.RUNNING,
+            start_count=row.start_count + 1,
+            reason="",
+            message="",
+            end_ms=0,
+        )
+    )
+
+
+def expire(tables: Tables, command: ExpireSandboxes) -> Applied:
+    """Remove sandboxes whose TTL is over."""
+    changed = 0
+    for key in command.sandbox_ids:
+        row = tables.sandboxes.get(key)
+        if row is None or not 0 < row.expire_ms <= tables.now_ms:
+            continue
+        if row.state in (SandboxState.DELETING, SandboxState.DELETED):
+            continue
+        _remove(tables, row, _GRACE_MS_DEFAULT, TTL_EXPIRED, "its time to live is over")
+        changed += 1
+    return Applied(changed, len(command.sandbox_ids) - changed)
+
+
+def assign(tables: Tables, command: AssignSandboxes) -> Assigned:
+    """Record the scheduler's decisions, as far as they still hold."""
+    refused = tuple(
+        placement.sandbox_id for placement in command.placements if not _place(tables, placement)
+    )
+    for explanation in command.explanations:
+        _explain(tables, explanation)
+    return Assigned(refused)
+
+
+def _place(tables: Tables, placement: Placement) -> bool:
+    row = tables.sandboxes.get(placement.sandbox_id)
+    node = tables.nodes.get(placement.node_id)
+    if row is None or node is None or row.generation != placement.generation:
+        return False
+    state = next_state(row.state, Cause.PLACE)
+    if state is None or node.state is not NodeState.READY or node.cordoned:
+        return False
+    held, need, room = tables.allocated(node.id), need_of(row.spec), node.capacity
+    if (
+        held.cpu_millicores + need.cpu_millicores > room.cpu_millicores
+        or held.memory_bytes + need.memory_bytes > room.memory_bytes
+        or held.disk_bytes + need.disk_bytes > room.disk_bytes
+        or held.slots + need.slots > room.slots
+    ):
+        return False
+    tables.put_sandbox(
+        row,
+        state=state,
+        node_id=node.id,
+        node_name=node.name,
+        schedule_ms=tables.now_ms,
+        reason="",
+        message="",
+        placement=(),
+    )
+    return True
+
+
+def _explain(tables: Tables, explanation: Explanation) -> None:
+    refusals = explanation.refusals[:REFUSALS_MAX]
+    for key in explanation.sandbox_ids:
+        row = tables.sandboxes.get(key)
+        if row is None or row.state is not SandboxState.PENDING:
+            continue
+        if row.placement != refusals or row.message != explanation.message:
+            tables.put_sandbox(row, message=explanation.message, placement=refusals)
+
+
+def _remove(
+    tables: Tables, row: SandboxRow, grace_ms: int, reason: str, message: str
+) -> SandboxRow:
+    """Let a sandbox that is not DELETED go, by its node where that can be."""
+    if is_placed(row):
+        if row.state is SandboxState.DELETING:  # only a shorter grace period is news
+            return row if grace_ms >= row.grace_ms else tables.put_sandbox(row, grace_ms=grace_ms)
+        return tables.put_sandbox(
+            row,
+            state=_follow(row, Cause.DELETE),
+            desired=DesiredState.DELETED,
+            grace_ms=grace_ms,
+            reason=reason,
+            message=message,
+        )
+    return tables.put_sandbox(
+        row,
+        state=_follow(row, Cause.REMOVE),
+        desired=DesiredState.DELETED,
+        reason=reason,
+        message=message if reason else "",
+        end_ms=tables.now_ms,
+        placement=(),
+    )
+
+
+def _follow(row: SandboxRow, cause: Cause) -> SandboxState:
+    """Return the next state where the table is known to have one: it lets any sandbox go."""
+    state = next_state(row.state, cause)
+    if state is None:
+        raise ValueError(f"sandbox {row.id} is {row.state.name}: no way on by {cause.name}")
+    return state
+
+
+def _not_found(reference: str) -> Refused:
+    return Refused(RefusalKind.NOT_FOUND, f"no sandbox {reference!r}", "sandbox")
+
+
+def _wrong_state(row: SandboxRow, what: str) -> Refused:
+    return Refused(
+        RefusalKind.WRONG_STATE,
+        f"sandbox {row.name!r} is {row.state.name} and cannot be {what}",
+        "sandbox",
+    )

@@ -1,0 +1,293 @@
+"""The rows of the state with their indexes, and the only functions that write them.
+
+Indexes are derived: a member that restores a snapshot rebuilds them, in whatever order. Therefore
+nothing that decides may depend on the order of a set: `placed_on` sorts.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from msgspec.structs import replace
+
+from prism_control.state.events import (
+    Event,
+    EventRing,
+    NodeChanged,
+    NodeRemoved,
+    SandboxChanged,
+)
+from prism_control.state.model import (
+    Amounts,
+    NodeRow,
+    SandboxRow,
+    SandboxState,
+    Spec,
+    held_by,
+    is_placed,
+)
+from prism_control.state.results import RequestRow
+
+#: Request ids are remembered this long at least, …
+REQUEST_KEPT_MS: Final = 24 * 3600 * 1000
+#: … as long as there are no more than this: about 600 bytes each. Past it the oldest go early, for
+#: a retry comes after seconds, and refusing all creates for a day would be worse.
+REQUESTS_MAX: Final = 1_000_000
+#: A DELETED sandbox still says why it is gone for this long, …
+TOMBSTONE_KEPT_MS: Final = 3600 * 1000
+#: … as long as there are no more than this.
+TOMBSTONES_MAX: Final = 20_000
+#: Specs are mostly equal: each is kept once. Past this many different ones sharing begins anew.
+_SPECS_MAX: Final = 4096
+#: Holes in the list of ids are closed once they are half of it, and more than this.
+_HOLES_MIN: Final = 1024
+
+
+class Tables:
+    """Rows and indexes. Mutable, and mutated only through `put_…`, `remember` and `compact`."""
+
+    def __init__(self, revision: int = 0, now_ms: int = 0) -> None:
+        # Durable: what a snapshot holds.
+        #: Number of changes so far; each change takes the next one.
+        self.revision = revision
+        #: Highest time that a leader has told.
+        self.now_ms = now_ms
+        #: By id, in order of creation.
+        self.sandboxes: dict[str, SandboxRow] = {}
+        #: By id.
+        self.nodes: dict[str, NodeRow] = {}
+        #: By request id, in the order in which they were answered.
+        self.requests: dict[str, RequestRow] = {}
+
+        # Derived from the rows.
+        #: Id of each sandbox that is not DELETED, by name.
+        self.names: dict[str, str] = {}
+        #: Ids of PENDING sandboxes.
+        self.pending: set[str] = set()
+        #: Ids of the sandboxes that have work for a node (`is_placed`).
+        self.by_node: dict[str, set[str]] = {}
+        #: Sum of `held_by` of each node's sandboxes: cpu, memory, disk, slots.
+        self.held: dict[str, list[int]] = {}
+        #: Id of each node, by name: no two have the same.
+        self.node_names: dict[str, str] = {}
+        #: Number of sandboxes by state.
+        self.counts: list[int] = [0] * (max(SandboxState) + 1)
+        #: Ids of DELETED sandboxes in the order in which they came to be so.
+        self.tombstones: deque[str] = deque()
+        #: Keys of `requests` in order; popping a dict's front is slow.
+        self.request_order: deque[str] = deque()
+        #: Creation revisions, ascending, and the ids beside them; ids of dropped rows may be left.
+        self._order_revisions = array("q")
+        self._order_ids: list[str] = []
+        self._specs: dict[Spec, Spec] = {}
+
+        # Volatile.
+        self.ring = EventRing(revision)
+        #: Events of the apply that is under way.
+        self.events: list[Event] = []
+
+    # ── Reading ──────────────────────────────────────────────────────────────────────────────
+
+    def sandbox(self, reference: str) -> SandboxRow | None:
+        """Return a sandbox by id, or by the exact name of one that is not DELETED."""
+        row = self.sandboxes.get(reference)
+        if row is None:
+            owner = self.names.get(reference)
+            row = None if owner is None else self.sandboxes[owner]
+        return row
+
+    def node(self, reference: str) -> NodeRow | None:
+        """Return a node by id or exact name."""
+        row = self.nodes.get(reference)
+        if row is None:
+            owner = self.node_names.get(reference)
+            row = None if owner is None else self.nodes[owner]
+        return row
+
+    def placed_on(self, node_id: str) -> list[SandboxRow]:
+        """Return the sandboxes that a node has work with, in order of creation."""
+        rows = [self.sandboxes[key] for key in self.by_node.get(node_id, ())]
+        rows.sort(key=_creation)
+        return rows
+
+    def allocated(self, node_id: str) -> Amounts:
+        """Return what is promised to a node's sandboxes."""
+        return Amounts(*self.held.get(node_id, ()))
+
+    def page(
+        self, after: int, limit: int, keep: Callable[[SandboxRow], bool]
+    ) -> tuple[list[SandboxRow], int]:
+        """Return up to `limit` rows created after revision `after`, and where the next page begins.
+
+        The cost is that of the rows passed over, not of the table. The second value is 0 on the
+        last page.
+        """
+        found: list[SandboxRow] = []
+        ids = self._order_ids
+        for position in range(bisect_right(self._order_revisions, after), len(ids)):
+            row = self.sandboxes.get(ids[position])
+            if row is None or row.create_revision != self._order_revisions[position]:
+                continue
+            if keep(row):
+                if len(found) == limit:
+                    return found, found[-1].create_revision
+                found.append(row)
+        return found, 0
+
+    # ── Writing ──────────────────────────────────────────────────────────────────────────────
+
+    def intern(self, spec: Spec) -> Spec:
+        """Return an equal spec that other rows share."""
+        shared = self._specs.get(spec)
+        if shared is None:
+            if len(self._specs) >= _SPECS_MAX:
+                self._specs.clear()
+            self._specs[spec] = shared = spec
+        return shared
+
+    def create_sandbox(self, row: SandboxRow) -> SandboxRow:
+        """Add a row whose revision and create_revision are the next revision."""
+        self._emit(SandboxChanged(row, None))
+        self._index_order(row)
+        self.sandboxes[row.id] = row
+        self._index(row)
+        return row
+
+    def put_sandbox(self, row: SandboxRow, **changes: object) -> SandboxRow:
+        """Replace a row by itself with changes, and give it the next revision."""
+        fresh = replace(row, revision=self.revision + 1, **changes)
+        self._emit(SandboxChanged(fresh, row))
+        self.sandboxes[fresh.id] = fresh
+        self._unindex(row)
+        self._index(fresh)
+        if fresh.state is SandboxState.DELETED:
+            self.tombstones.append(fresh.id)
+        return fresh
+
+    def put_node(self, row: NodeRow) -> NodeRow:
+        """Add or replace a node; the caller has made sure that its name is free."""
+        previous = self.nodes.get(row.id)
+        fresh = replace(row, revision=self.revision + 1)
+        if previous is not None:
+            del self.node_names[previous.name]
+        self._emit(NodeChanged(fresh, previous))
+        self.nodes[fresh.id] = fresh
+        self.node_names[fresh.name] = fresh.id
+        return fresh
+
+    def drop_node(self, row: NodeRow) -> None:
+        """Forget a node. Sandboxes that name it keep its name."""
+        self._emit(NodeRemoved(row, self.revision + 1))
+        del self.nodes[row.id]
+        del self.node_names[row.name]
+
+    def remember(self, request: RequestRow) -> None:
+        """Keep the answer to a request id that is not known yet."""
+        self.requests[request.request_id] = request
+        self.request_order.append(request.request_id)
+
+    def compact(self, budget: int) -> None:
+        """Drop up to `budget` each of request ids and tombstones that are past their bounds."""
+        horizon = self.now_ms - REQUEST_KEPT_MS
+        for _ in range(min(budget, len(self.request_order))):
+            key = self.request_order[0]
+            if self.requests[key].at_ms > horizon and len(self.requests) <= REQUESTS_MAX:
+                break
+            self.request_order.popleft()
+            del self.requests[key]
+        horizon = self.now_ms - TOMBSTONE_KEPT_MS
+        for _ in range(min(budget, len(self.tombstones))):
+            key = self.tombstones[0]
+            if self.sandboxes[key].end_ms > horizon and len(self.tombstones) <= TOMBSTONES_MAX:
+                break
+            self.tombstones.popleft()
+            del self.sandboxes[key]
+            self.counts[SandboxState.DELETED] -= 1
+        self._close_holes()
+
+    def load(
+        self,
+        sandboxes: Iterable[SandboxRow],
+        nodes: Iterable[NodeRow],
+        requests: Iterable[RequestRow],
+    ) -> None:
+        """Fill empty tables from a snapshot, whose rows share equal specs already."""
+        for row in sandboxes:
+            self.intern(row.spec)
+            self.sandboxes[row.id] = row
+            self._index_order(row)
+            self._index(row)
+        dead = [row for row in self.sandboxes.values() if row.state is SandboxState.DELETED]
+        dead.sort(key=_change)
+        self.tombstones.extend(row.id for row in dead)
+        for node in nodes:
+            self.nodes[node.id] = node
+            self.node_names[node.name] = node.id
+        for request in requests:
+            self.remember(request)
+
+    # ── Indexes ──────────────────────────────────────────────────────────────────────────────
+
+    def _emit(self, event: Event) -> None:
+        self.ring.append(event)
+        self.events.append(event)
+        self.revision += 1
+
+    def _index_order(self, row: SandboxRow) -> None:
+        self._order_revisions.append(row.create_revision)
+        self._order_ids.append(row.id)
+
+    def _close_holes(self) -> None:
+        holes = len(self._order_ids) - len(self.sandboxes)
+        if holes > _HOLES_MIN and holes > len(self.sandboxes):
+            rows = self.sandboxes.values()
+            self._order_revisions = array("q", (row.create_revision for row in rows))
+            self._order_ids = list(self.sandboxes)
+
+    def _index(self, row: SandboxRow) -> None:
+        state = row.state
+        self.counts[state] += 1
+        if state is not SandboxState.DELETED:
+            self.names[row.name] = row.id
+        if state is SandboxState.PENDING:
+            self.pending.add(row.id)
+        elif is_placed(row):
+            self.by_node.setdefault(row.node_id, set()).add(row.id)
+            held = self.held.setdefault(row.node_id, [0, 0, 0, 0])
+            add(held, held_by(row), 1)
+
+    def _unindex(self, row: SandboxRow) -> None:
+        state = row.state
+        self.counts[state] -= 1
+        del self.names[row.name]
+        if state is SandboxState.PENDING:
+            self.pending.remove(row.id)
+            if not self.pending:
+                self.pending = set()  # a set keeps the memory of its largest size
+        elif is_placed(row):
+            members = self.by_node[row.node_id]
+            members.remove(row.id)
+            if members:
+                add(self.held[row.node_id], held_by(row), -1)
+            else:
+                del self.by_node[row.node_id], self.held[row.node_id]
+
+
+def add(total: list[int], amounts: Amounts, sign: int) -> None:
+    """Add to a sum of (cpu, memory, disk, slots), or subtract with sign −1."""
+    total[0] += sign * amounts.cpu_millicores
+    total[1] += sign * amounts.memory_bytes
+    total[2] += sign * amounts.disk_bytes
+    total[3] += sign * amounts.slots
+
+
+def _creation(row: SandboxRow) -> int:
+    return row.create_revision
+
+
+def _change(row: SandboxRow) -> int:
+    return row.revision

@@ -1,0 +1,232 @@
+"""Raft's log and hard state in LMDB: one synchronous transaction a turn.
+
+LMDB is copy-on-write: a crash leaves the state before or after a transaction, never a part of
+it. Each entry carries its own CRC-32C besides, because LMDB has no checksums.
+"""
+
+import errno
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import lmdb
+import msgspec
+
+from prism_control.raft import entry_codec
+from prism_control.raft.errors import CorruptEntryError
+from prism_control.raft.types import Entry, HardState, MemberId, SnapshotMeta
+from prism_control.storage.errors import CorruptStoreError, DiskFullError, StorageError
+
+#: Address space, not disk: the file grows with the log, which compaction bounds far below this.
+MAP_BYTES: Final = 64 * 2**30
+SCHEMA_VERSION: Final = 1
+
+_KEY: Final = struct.Struct(">Q")
+T = TypeVar("T")
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Who this member is. Made at first start; the cluster is added when it is formed."""
+
+    member_id: MemberId
+    name: str
+    cluster_id: str = ""
+
+
+class Formation(msgspec.Struct, frozen=True):
+    """A first configuration that this member has accepted and that is not yet agreed by all."""
+
+    cluster_id: str
+    configuration: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLog:
+    """What a member starts from."""
+
+    hard_state: HardState
+    snapshot: SnapshotMeta
+    entries: tuple[Entry, ...]
+
+
+class LogStore:
+    """The durable half of a Raft member.
+
+    A failed commit or fsync poisons the store: whatever the disk then holds is unknown, and every
+    later call fails (the "fsyncgate" lesson: after EIO a second fsync may lie). A full disk does
+    not: the transaction did not happen.
+
+    Args:
+        path: Directory for the database.
+        observe_fsync: Told the seconds that each commit took.
+    """
+
+    def __init__(self, path: Path, observe_fsync: Callable[[float], None]) -> None:
+        self._observe_fsync = observe_fsync
+        self._poison: str | None = None
+        try:
+            self._env = lmdb.open(
+                str(path), map_size=MAP_BYTES, max_dbs=2, sync=True, metasync=True, mode=0o600
+            )
+            self._meta = self._env.open_db(b"meta")
+            self._entries = self._env.open_db(b"entries")
+        except lmdb.Error as error:
+            if _is_disk_full(error):
+                raise CorruptStoreError(f"--data-dir: {path}: no space left on the disk") from None
+            raise CorruptStoreError(f"--data-dir: {path} is not a readable log: {error}") from None
+        version = self._get(b"schema", int)
+        if version is None:
+            self._write(lambda txn: self._put(txn, b"schema", SCHEMA_VERSION))
+        elif version != SCHEMA_VERSION:
+            raise CorruptStoreError(
+                f"--data-dir: {path} has schema {version}; this version reads {SCHEMA_VERSION}"
+            )
+
+    @property
+    def identity(self) -> Identity | None:
+        """Who this member is; None on a new disk."""
+        return self._get(b"identity", Identity)
+
+    @property
+    def formation(self) -> Formation | None:
+        """The accepted first configuration, until it is agreed."""
+        return self._get(b"formation", Formation)
+
+    def set_identity(self, identity: Identity) -> None:
+        """Write who this member is."""
+        self._write(lambda txn: self._put(txn, b"identity", identity))
+
+    def set_formation(self, formation: Formation) -> None:
+        """Write the promise to start with this configuration and no other."""
+        self._write(lambda txn: self._put(txn, b"formation", formation))
+
+    def bootstrap(self, cluster_id: str, hard_state: HardState, entry: Entry) -> None:
+        """Write the first configuration and the cluster's id in one transaction."""
+        identity = self.identity
+        if identity is None or identity.cluster_id:
+            raise StorageError("a member is bootstrapped once, after it has an identity")
+
+        def write(txn: Any) -> None:
+            self._put(txn, b"identity", msgspec.structs.replace(identity, cluster_id=cluster_id))
+            self._put(txn, b"hard_state", hard_state)
+            txn.put(_KEY.pack(entry.index), entry_codec.encode(entry), db=self._entries)
+            txn.delete(b"formation", db=self._meta)
+
+        self._write(write)
+
+    def load(self) -> StoredLog:
+        """Read everything, checking each entry's CRC and that no index is missing.
+
+        Raises:
+            CorruptStoreError: Something is not as it was written; it names the index.
+        """
+        hard_state = self._get(b"hard_state", HardState) or HardState()
+        snapshot = self._get(b"snapshot", SnapshotMeta) or SnapshotMeta()
+        entries: list[Entry] = []
+        with self._env.begin(db=self._entries) as txn:
+            for key, value in txn.cursor():
+                (index,) = _KEY.unpack(key)
+                try:
+                    entry = entry_codec.decode(bytes(value))
+                except CorruptEntryError as error:
+                    raise CorruptStoreError(f"log entry {index} is corrupt: {error}") from None
+                expected = entries[-1].index + 1 if entries else index
+                if entry.index != index or index != expected:
+                    raise CorruptStoreError(
+                        f"log entry {expected} is missing: found {entry.index} under {index}"
+                    )
+                entries.append(entry)
+        first, last = (
+            (entries[0].index, entries[-1].index)
+            if entries
+            else (snapshot.index + 1, snapshot.index)
+        )
+        if first > snapshot.index + 1 or last < hard_state.commit:
+            raise CorruptStoreError(
+                f"the log holds {first} to {last}, but the snapshot ends at {snapshot.index} and "
+                f"{hard_state.commit} was committed: the database was truncated"
+            )
+        # The trailing margin behind a snapshot is kept for slow followers, not for restarts.
+        kept = tuple(entry for entry in entries if entry.index > snapshot.index)
+        return StoredLog(hard_state, snapshot, kept)
+
+    def persist(
+        self, hard_state: HardState | None, snapshot: SnapshotMeta | None, entries: Sequence[Entry]
+    ) -> None:
+        """Write one turn's changes durably: a received snapshot, the log's new end, hard state.
+
+        Entries replace whatever the log has at their first index and after.
+
+        Raises:
+            DiskFullError: Nothing happened; try again when there is room.
+            StorageError: The store is poisoned; the member must stop.
+        """
+
+        def write(txn: Any) -> None:
+            if snapshot is not None:
+                self._put(txn, b"snapshot", snapshot)
+                self._cut(txn, 0)
+            if entries:
+                self._cut(txn, entries[0].index)
+                cursor = txn.cursor(db=self._entries)
+                items = [(_KEY.pack(e.index), entry_codec.encode(e)) for e in entries]
+                cursor.putmulti(items, append=True)
+            if hard_state is not None:
+                self._put(txn, b"hard_state", hard_state)
+
+        self._write(write)
+
+    def compact(self, snapshot: SnapshotMeta, first_kept: int) -> None:
+        """Record a snapshot that is on disk, and drop the entries before `first_kept`."""
+
+        def write(txn: Any) -> None:
+            self._put(txn, b"snapshot", snapshot)
+            cursor = txn.cursor(db=self._entries)
+            while cursor.first() and _KEY.unpack(cursor.key())[0] < first_kept:
+                cursor.delete()
+
+        self._write(write)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._env.close()
+
+    def _cut(self, txn: Any, index: int) -> None:
+        cursor = txn.cursor(db=self._entries)
+        while cursor.set_range(_KEY.pack(index)):
+            cursor.delete()
+
+    def _get(self, key: bytes, kind: type[T]) -> T | None:
+        with self._env.begin(db=self._meta) as txn:
+            value = txn.get(key)
+        if value is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(value, type=kind)
+        except msgspec.MsgspecError as error:
+            raise CorruptStoreError(f"{key.decode()} on disk is corrupt: {error}") from None
+
+    def _put(self, txn: Any, key: bytes, value: object) -> None:
+        txn.put(key, msgspec.msgpack.encode(value), db=self._meta)
+
+    def _write(self, write: Callable[[Any], object]) -> None:
+        if self._poison is not None:
+            raise StorageError(self._poison)
+        started = time.perf_counter()
+        try:
+            with self._env.begin(write=True) as txn:
+                write(txn)
+        except lmdb.Error as error:
+            if _is_disk_full(error):
+                raise DiskFullError("no space left on the disk that holds --data-dir") from None
+            self._poison = f"the log could not be written: {error}"
+            raise StorageError(self._poison) from error
+        self._observe_fsync(time.perf_counter() - started)
+
+
+def _is_disk_full(error: lmdb.Error) -> bool:
+    full = isinstance(error, lmdb.MapFullError)
+    return full or errno.ENOSPC in error.args or "No space left" in str(error)

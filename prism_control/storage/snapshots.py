@@ -1,0 +1,138 @@
+"""Snapshots as files: written beside, synced, renamed; every chunk with its CRC-32C.
+
+Layout: `magic (8)`, then records `length u32 | crc32c u32 | bytes`, and a last record of length 0
+whose CRC field is the number of records. A torn or truncated file is thus recognised.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import google_crc32c
+
+from prism_control.storage.directory import sync_directory
+from prism_control.storage.errors import CorruptStoreError
+
+_MAGIC: Final = b"PRISMSN1"
+_RECORD: Final = struct.Struct("<II")
+#: A record is one chunk of the state machine's encoding; it makes them far smaller than this.
+_RECORD_BYTES_MAX: Final = 64 * 2**20
+#: The newest, and the one before it, should the newest turn out unreadable.
+_KEPT: Final = 2
+
+
+class SnapshotStore:
+    """The snapshots of one member."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path.mkdir(mode=0o700, exist_ok=True)
+        for leftover in path.glob("*.partial"):
+            leftover.unlink()
+
+    def file(self, index: int) -> Path:
+        """Return the file of the snapshot that ends at `index`."""
+        return self._path / f"{index:020d}.snapshot"
+
+    def write(self, index: int, chunks: Iterable[bytes]) -> int:
+        """Write a snapshot durably; return its size in bytes. Runs outside the loop."""
+        partial = self._path / f"{index:020d}.partial"
+        with partial.open("wb") as file:
+            file.write(_MAGIC)
+            count = 0
+            for chunk in chunks:
+                file.write(_RECORD.pack(len(chunk), google_crc32c.value(chunk)))
+                file.write(chunk)
+                count += 1
+            file.write(_RECORD.pack(0, count))
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        self._publish(partial, index)
+        return size
+
+    def receive(self, index: int) -> "IncomingSnapshot":
+        """Begin to receive a snapshot's bytes from another member."""
+        return IncomingSnapshot(self, self._path / f"{index:020d}.partial", index)
+
+    def read(self, index: int) -> Iterator[bytes]:
+        """Yield the chunks of the snapshot that ends at `index`.
+
+        Raises:
+            CorruptStoreError: It is missing, torn, or not as it was written.
+        """
+        path = self.file(index)
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise CorruptStoreError(f"snapshot {path.name}: {error.strerror}") from None
+        with file:
+            yield from _records(file, path.name)
+
+    def _publish(self, partial: Path, index: int) -> None:
+        partial.rename(self.file(index))
+        sync_directory(self._path)
+        for old in sorted(self._path.glob("*.snapshot"))[:-_KEPT]:
+            old.unlink()
+
+
+class IncomingSnapshot:
+    """A snapshot's file while it arrives."""
+
+    def __init__(self, store: SnapshotStore, partial: Path, index: int) -> None:
+        self._store = store
+        self._partial = partial
+        self._index = index
+        self._file = partial.open("wb")
+
+    @property
+    def offset(self) -> int:
+        """Bytes that have arrived."""
+        return self._file.tell()
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+        self._file.write(data)
+
+    def finish(self) -> None:
+        """Check the whole, make it durable, and give it its name.
+
+        Raises:
+            CorruptStoreError: What arrived is not a whole snapshot.
+        """
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with self._partial.open("rb") as file:
+            for _ in _records(file, self._partial.name):
+                pass
+        self._store._publish(self._partial, self._index)
+
+    def abort(self) -> None:
+        """Forget what has arrived."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def _records(file: BinaryIO, name: str) -> Iterator[bytes]:
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise CorruptStoreError(f"snapshot {name}: not a snapshot")
+    count = 0
+    while True:
+        header = file.read(_RECORD.size)
+        if len(header) < _RECORD.size:
+            raise CorruptStoreError(f"snapshot {name}: ends early, after record {count}")
+        length, crc = _RECORD.unpack(header)
+        if length == 0:
+            if crc != count or file.read(1):
+                raise CorruptStoreError(f"snapshot {name}: {count} records of {crc}")
+            return
+        if length > _RECORD_BYTES_MAX:
+            raise CorruptStoreError(f"snapshot {name}: record {count} has {length} bytes")
+        data = file.read(length)
+        if len(data) < length or google_crc32c.value(data) != crc:
+            raise CorruptStoreError(f"snapshot {name}: record {count} is corrupt")
+        count += 1
+        yield data
