@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ROOT / ".run"
+#: Processes, logs and data; PRISM_RUN_DIR moves it, for a second cluster beside the first.
+RUN = Path(os.environ.get("PRISM_RUN_DIR") or ROOT / ".run").absolute()
 BIN = ROOT / ".venv" / "bin"
 CONTROL_NODES = 3
 AGENTS_MAX = 16

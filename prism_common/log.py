@@ -1,5 +1,6 @@
 """Logging: one line a record, for people (console) or for programs (json)."""
 
+import asyncio
 import json
 import logging
 import logging.handlers
@@ -35,6 +36,11 @@ class _Json(logging.Formatter):
         return json.dumps(fields, default=str, ensure_ascii=False)
 
 
+def _is_cancellation(record: logging.LogRecord) -> bool:
+    """Whether gRPC complains of a call that this process itself cancelled while stopping."""
+    return bool(record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
 def _facts(record: logging.LogRecord) -> dict[str, object]:
     return {key: value for key, value in vars(record).items() if key not in _STANDARD}
 
@@ -47,6 +53,7 @@ def configure(level: str, log_format: Format, file: str | None) -> None:
         else logging.StreamHandler(sys.stderr)
     )
     handler.setFormatter(_Json() if log_format == "json" else _Console())
+    logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not _is_cancellation(record))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
