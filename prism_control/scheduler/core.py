@@ -187,7 +187,9 @@ class Scheduler:
         return AssignSandboxes(tuple(placements), explanations)
 
     def next_ms(self, now_ms: int) -> int | None:
-        """Return when `decide` may have something new without an event; None: never."""
+        """Return when `decide` may have something new if no event comes; None: never."""
+        if self._gained and len(self._waiting):
+            return now_ms
         times: list[int] = []
         for queue in self._waiting.shapes():
             if not queue.parked:
@@ -202,10 +204,10 @@ class Scheduler:
     def _sandbox_changed(self, row: SandboxRow, previous: SandboxRow | None) -> None:
         if row.state in _HOLDS_ALL and previous is not None and previous.state in _HOLDS_ALL:
             return  # most events of a sandbox's life: its node's room stays as it is
+        if previous is not None:
+            self._account(previous, -1)
         reservation = self._reserved.get(row.id)
         if row.state is SandboxState.PENDING:
-            if previous is not None:
-                self._account(previous, -1)
             if reservation is None:
                 self._waiting.add(entry_of(row), shape_of(row.spec))
             return
@@ -215,8 +217,6 @@ class Scheduler:
                 del self._reserved[row.id]  # confirmed: the room stays taken
                 return
             self._release(row.id, reservation)
-        if previous is not None:
-            self._account(previous, -1)
         self._account(row, 1)
 
     def _account(self, row: SandboxRow, sign: int) -> None:
@@ -306,6 +306,7 @@ class Scheduler:
         for queue in self._waiting.shapes():
             if not queue.parked or not budget:
                 continue
+            self._explain_ms = now_ms + _EXPLAIN_PASS_MS
             if queue.explain_ms <= now_ms and shapes:
                 shapes -= 1
                 queue.explain_ms = now_ms + _EXPLAIN_MS
@@ -314,8 +315,6 @@ class Scheduler:
             if explanation is not None:
                 budget -= len(explanation.sandbox_ids)
                 found.append(explanation)
-        if found:
-            self._explain_ms = now_ms + _EXPLAIN_PASS_MS
         return tuple(found)
 
     def explain(self, shape: Shape) -> tuple[str, tuple[PlacementRefusal, ...]]:

@@ -165,10 +165,8 @@ class NodeView:
                 if one.name == shape.runtime and one.message:
                     return f"runtime {shape.runtime} does not work: {one.message[:120]}"
             return f"has no runtime {shape.runtime}"
-        for key, value in shape.node_selector:
-            if self.labels.get(key) != value:
-                return f"lacks the label {key}={value}"
-        return ""
+        wanted = (f"{k}={v}" for k, v in shape.node_selector if self.labels.get(k) != v)
+        return f"lacks the label {', '.join(wanted)[:200]}"
 
 
 class Reservation(NamedTuple):

@@ -9,9 +9,9 @@ from msgspec import Struct
 from prism_common.errors import CompactedError
 from prism_control.state.model import NodeRow, SandboxRow, SandboxState
 
-#: Changes that are kept, about 300 bytes each: a watcher may be behind by half a burst of 10,000
+#: Changes that are kept, about 300 bytes each: a watcher may be behind by most of a burst of 10,000
 #: sandboxes, which is four changes each, or by minutes of usual work.
-EVENTS_MAX: Final = 20_000
+EVENTS_MAX: Final = 32_768
 
 
 class SandboxChanged(Struct, frozen=True, gc=False):

@@ -12,7 +12,7 @@ from prism_control.state import commands, node_handlers, sandbox_handlers
 from prism_control.state.commands import Command, Proposal
 from prism_control.state.events import Event
 from prism_control.state.model import Amounts, NodeRow, SandboxRow, SandboxState
-from prism_control.state.results import Ok, RefusalKind, Refused, RequestRow, Result
+from prism_control.state.results import Created, Ok, RefusalKind, Refused, RequestRow, Result
 from prism_control.state.snapshot import SnapshotView, decode_snapshot, encode_snapshot
 from prism_control.state.tables import Tables
 
@@ -100,7 +100,10 @@ class Machine:
         known = self._tables.requests.get(request_id)
         if known is None:
             result = handler(self._tables, item)
-            self._tables.remember(RequestRow(request_id, fingerprint, self._tables.now_ms, result))
+            answer: Ok | Refused | Created = result
+            if kind is commands.CreateSandbox and isinstance(result, Ok):
+                answer = Created.of(result.sandbox)
+            self._tables.remember(RequestRow(request_id, fingerprint, self._tables.now_ms, answer))
             return result
         if known.fingerprint == fingerprint:
             return known.result
@@ -151,9 +154,11 @@ class Machine:
         row = self._tables.sandbox(reference)
         if row is not None:
             return row
-        names = self._tables.names.items()
-        found = [key for name, key in names if name.startswith(reference)]
-        found += [key for _, key in names if key.startswith(reference)]
+        found = [
+            key
+            for name, key in self._tables.names.items()
+            if name.startswith(reference) or key.startswith(reference)
+        ]
         return self._tables.sandboxes[_only("sandbox", reference, found)]
 
     def find_node(self, reference: str) -> NodeRow:

@@ -1,0 +1,1 @@
+"""Tests of the scheduler, the liveness of nodes and the pure part of dispatch."""
