@@ -141,12 +141,12 @@ class Replication:
             )
         if not progress.accepted(reply.index):
             return False
-        if progress.state is ProgressState.PROBE:
+        # It has the snapshot, or no longer needs it; the transport's report may come later.
+        has_snapshot = reply.index >= min(progress.pending_snapshot, self._log.base_index)
+        if progress.state is ProgressState.PROBE or (
+            progress.state is ProgressState.SNAPSHOT and has_snapshot
+        ):
             progress.become_replicate()
-        elif progress.state is ProgressState.SNAPSHOT:
-            # It has the snapshot, or no longer needs it; the transport's report may come later.
-            if reply.index >= min(progress.pending_snapshot, self._log.base_index):
-                progress.become_replicate()
         return True
 
     def heartbeat_replied(self, reply: HeartbeatReply) -> None:

@@ -1,0 +1,1 @@
+"""Deterministic simulation of a whole Raft cluster, from one seed."""

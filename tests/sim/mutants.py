@@ -1,0 +1,294 @@
+"""Known bugs of real systems, as patches to the core; the simulator must find each of them.
+
+Within `active()` the core is wrong in one way. `seeds_max` is within how many seeds, from 0 on, the
+simulator must have found it. One bug cannot be found here: a leader that counts itself before
+its own write, because this driver never touches the core during a write; a unit test has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from prism_control.raft import quorum
+from prism_control.raft.core import Core
+from prism_control.raft.log import Log
+from prism_control.raft.member import MemberState
+from prism_control.raft.outbox import Outbox
+from prism_control.raft.progress import Progress
+from prism_control.raft.replication import Replication
+from prism_control.raft.types import (
+    NOBODY,
+    HardState,
+    Heartbeat,
+    HeartbeatReply,
+    Role,
+    VoteReply,
+    VoteRequest,
+)
+from tests.sim.cluster import Options
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: replace `owner.name` by what `make` makes of the original."""
+
+    title: str
+    seeds_max: int
+    owner: type
+    name: str
+    make: Callable[[Any], Callable[..., Any]]
+    #: The shape of cluster in which to look for it; else each seed chooses.
+    options: Options | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Have the bug within this context."""
+        original = self.owner.__dict__[self.name]
+        setattr(self.owner, self.name, self.make(original))
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.name, original)
+
+
+def _acknowledge_before_persist(original: Any) -> Callable[..., Any]:
+    def take_messages(self: Outbox, term_is_durable: bool) -> Any:
+        now, after = original(self, term_is_durable)
+        return now + after, ()
+
+    return take_messages
+
+
+def _count_earlier_terms(original: Any) -> Callable[..., Any]:
+    def commit_by_quorum(self: Core, replication: Replication) -> None:
+        self._commit_to(replication.quorum_index())
+
+    return commit_by_quorum
+
+
+def _commit_without_quorum(original: Any) -> Callable[..., Any]:
+    def quorum_index(self: Replication) -> int:
+        return self.progress[self._id].match
+
+    return quorum_index
+
+
+def _vote_not_persisted(original: Any) -> Callable[..., Any]:
+    def changed_hard_state(self: Core) -> HardState | None:
+        state = original(self)
+        return state and HardState(state.term, NOBODY, state.commit)
+
+    return changed_hard_state
+
+
+def _refusal_counts_as_vote(original: Any) -> Callable[..., Any]:
+    def count_vote(self: Core, member: int, granted: bool) -> None:
+        original(self, member, True)
+
+    return count_vote
+
+
+def _pre_vote_counts_as_vote(original: Any) -> Callable[..., Any]:
+    def handle_vote_reply(self: Core, message: VoteReply) -> None:
+        if message.granted and message.pre_vote:
+            self._count_vote(message.sender, True)
+        else:
+            original(self, message)
+
+    return handle_vote_reply
+
+
+def _always_truncate(original: Any) -> Callable[..., Any]:
+    return lambda self, entries: 0
+
+
+def _truncate_committed(original: Any) -> Callable[..., Any]:
+    def write(self: Core, entries: Any) -> None:
+        if entries[0].index <= self.log.last_index:
+            # Without looking whether what is cut is committed.
+            self.log.truncate(max(self.log.base_index + 1, entries[0].index - 2))
+            entries = entries[:0]
+        self.log.append(entries)
+        self.commit = min(self.commit, self.log.last_index)
+
+    return write
+
+
+def _vote_twice(original: Any) -> Callable[..., Any]:
+    def handle_vote_request(self: Core, message: VoteRequest) -> None:
+        if not message.pre_vote and self.role is Role.FOLLOWER:
+            self.vote = NOBODY
+        original(self, message)
+
+    return handle_vote_request
+
+
+def _vote_for_an_old_log(original: Any) -> Callable[..., Any]:
+    return lambda self, last_index, last_term: True
+
+
+def _keep_messages_of_an_old_term(original: Any) -> Callable[..., Any]:
+    def raise_term(self: MemberState, term: int) -> None:
+        self.term = term
+        self.vote = NOBODY
+
+    return raise_term
+
+
+def _send_in_a_term_not_durable(original: Any) -> Callable[..., Any]:
+    return lambda self, term_is_durable: original(self, True)
+
+
+def _late_answer_confirms_newer_reads(original: Any) -> Callable[..., Any]:
+    def heartbeat_replied(self: Replication, reply: HeartbeatReply) -> None:
+        original(self, HeartbeatReply(reply.sender, reply.receiver, reply.term, self.reads.number))
+
+    return heartbeat_replied
+
+
+def _read_without_confirmation(original: Any) -> Callable[..., Any]:
+    return lambda self: self.reads.number
+
+
+def _read_before_commit_in_own_term(original: Any) -> Callable[..., Any]:
+    def send_as_leader(self: Core, replication: Replication) -> None:
+        replication.start_read_round(self.commit)
+        self._release_reads(replication)
+        original(self, replication)
+
+    return send_as_leader
+
+
+def _heartbeat_commits_past_match(original: Any) -> Callable[..., Any]:
+    def send_heartbeat(self: Replication, member: int, progress: Progress, commit: int) -> None:
+        told = min(commit, progress.next - 1)
+        self._outbox.send_now(Heartbeat(self._id, member, self._term, told, self.reads.number))
+
+    return send_heartbeat
+
+
+def _append_without_consistency_check(original: Any) -> Callable[..., Any]:
+    def handle_append_request(self: Core, message: Any) -> None:
+        term = self.log.term_at(message.previous_index)
+        if term is not None and message.previous_index >= self.commit:
+            object.__setattr__(message, "previous_term", term)
+        original(self, message)
+
+    return handle_append_request
+
+
+def _commit_past_the_new_entries(original: Any) -> Callable[..., Any]:
+    def handle_append_request(self: Core, message: Any) -> None:
+        original(self, message)
+        if message.previous_index >= self.log.base_index:
+            self._commit_to(min(message.commit, self.log.last_index))
+
+    return handle_append_request
+
+
+def _learners_count(original: Any) -> Callable[..., Any]:
+    def reached_index(self: Replication) -> int:
+        progress = self.progress
+        voters = self._configuration.ids()
+        return quorum.majority_index(voters, lambda member: progress[member].match)
+
+    return reached_index
+
+
+def _only_the_incoming_majority_counts(original: Any) -> Callable[..., Any]:
+    def reached_index(self: Replication) -> int:
+        progress = self.progress
+        voters = self._configuration.voters
+        return quorum.majority_index(voters, lambda member: progress[member].match)
+
+    return reached_index
+
+
+MUTANTS = (
+    Mutant("acknowledge before persist", 5, Outbox, "take_messages", _acknowledge_before_persist),
+    Mutant(
+        "count earlier terms",
+        300,
+        Core,
+        "_commit_by_quorum",
+        _count_earlier_terms,
+        Options.storm(3, "short_reigns"),
+    ),
+    Mutant("commit without quorum", 5, Replication, "quorum_index", _commit_without_quorum),
+    Mutant(
+        "vote not persisted",
+        200,
+        Core,
+        "_changed_hard_state",
+        _vote_not_persisted,
+        Options.storm(5, "crash_in_election"),
+    ),
+    Mutant("refusal counts as vote", 20, MemberState, "_count_vote", _refusal_counts_as_vote),
+    Mutant("pre-vote counts as vote", 50, Core, "_handle_vote_reply", _pre_vote_counts_as_vote),
+    Mutant("old append truncates", 20, Log, "first_conflict", _always_truncate),
+    Mutant("truncate committed entries", 20, Core, "_write", _truncate_committed),
+    Mutant("vote twice in a term", 50, Core, "_handle_vote_request", _vote_twice),
+    Mutant("vote for an old log", 50, Log, "is_up_to_date", _vote_for_an_old_log),
+    Mutant(
+        "keep messages of an old term",
+        200,
+        MemberState,
+        "_raise_term",
+        _keep_messages_of_an_old_term,
+        Options.storm(5, "short_reigns"),
+    ),
+    Mutant("send in a term not durable", 20, Outbox, "take_messages", _send_in_a_term_not_durable),
+    Mutant(
+        "late answer confirms newer reads",
+        200,
+        Replication,
+        "heartbeat_replied",
+        _late_answer_confirms_newer_reads,
+    ),
+    Mutant(
+        "read without confirmation",
+        100,
+        Replication,
+        "quorum_read_round",
+        _read_without_confirmation,
+    ),
+    Mutant(
+        "read before a commit in its own term",
+        200,
+        Core,
+        "_send_as_leader",
+        _read_before_commit_in_own_term,
+    ),
+    Mutant(
+        "heartbeat commits past match",
+        50,
+        Replication,
+        "_send_heartbeat",
+        _heartbeat_commits_past_match,
+    ),
+    Mutant(
+        "append without consistency check",
+        50,
+        Core,
+        "_handle_append_request",
+        _append_without_consistency_check,
+    ),
+    Mutant(
+        "commit past the new entries",
+        200,
+        Core,
+        "_handle_append_request",
+        _commit_past_the_new_entries,
+    ),
+    Mutant("learners count", 200, Replication, "quorum_index", _learners_count),
+    Mutant(
+        "only the incoming majority counts",
+        200,
+        Replication,
+        "quorum_index",
+        _only_the_incoming_majority_counts,
+    ),
+)

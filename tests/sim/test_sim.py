@@ -1,0 +1,87 @@
+"""A modest number of seeds, at each change; `python -m tests.sim.run` runs many."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.sim.cluster import Cluster, Options
+from tests.sim.run import main, replay_command, run_seed
+
+
+@pytest.mark.parametrize("first", range(0, 100, 10))
+def test_no_seed_breaks_a_promise(first: int) -> None:
+    failures = [
+        f"{result.failure}\n  replay: {replay_command(result.seed)}"
+        for result in map(run_seed, range(first, first + 10))
+        if result.failure
+    ]
+    assert failures == []
+
+
+def test_leaders_that_are_struck_at_once_break_no_promise() -> None:
+    """Figure 8, again and again."""
+    results = [
+        run_seed(seed, Options.storm(3 + seed % 2 * 2, "short_reigns")) for seed in range(40)
+    ]
+    assert [result.failure for result in results if result.failure] == []
+    assert sum(result.elections for result in results) > 200
+
+
+def test_the_seeds_exercise_what_they_are_for() -> None:
+    results = [run_seed(seed) for seed in range(100, 120)]
+    assert [result.failure for result in results if result.failure] == []
+    assert sum(result.elections for result in results) > 40
+    assert sum(result.acknowledged for result in results) > 1000
+    assert sum(result.reads for result in results) > 100
+    assert sum(result.crashes for result in results) > 40
+
+
+def _trace(seed: int) -> list[str]:
+    lines: list[str] = []
+    Cluster(seed, trace=lines.append).run()
+    return lines
+
+
+@pytest.mark.parametrize("seed", [3, 7, 11])
+def test_the_same_seed_gives_the_same_trace(seed: int) -> None:
+    first = _trace(seed)
+    assert len(first) > 100
+    assert _trace(seed) == first
+
+
+def test_another_seed_gives_another_trace() -> None:
+    assert _trace(3) != _trace(4)
+
+
+def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
+    traces = [
+        subprocess.run(
+            [sys.executable, "-m", "tests.sim.run", "--seed", "5", "--trace"],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            check=True,
+            capture_output=True,
+            timeout=60,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert len(traces[0]) > 1000
+    assert traces[0] == traces[1]
+
+
+def test_a_failing_seed_prints_how_to_replay_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Cluster) -> None:
+        raise ValueError("as asked")
+
+    monkeypatch.setattr(Cluster, "run", fail)
+    assert main(["--seeds", "1", "--first-seed", "9", "--processes", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "seed 9 FAILED: ValueError: as asked" in printed
+    assert "replay: python -m tests.sim.run --seed 9 --trace" in printed
+    assert main(["--seed", "9"]) == 1
+    assert main(["--seed", "9", "--trace"]) == 1

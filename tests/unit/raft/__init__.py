@@ -1,0 +1,1 @@
+"""Unit tests of the Raft core, named after claims of the paper."""
