@@ -262,7 +262,7 @@ def demo(ports: Ports) -> None:
     )
     print("\nOne sandbox, through each of the three nodes:")
     for api, arguments in steps:
-        shown = " ".join(arguments[:4]) + (" -- python3 -c …" if "exec" in arguments else "")
+        shown = " ".join("…" if argument == DEMO else argument for argument in arguments)
         print(f"  $ prismctl --api={api} {shown}")
         done = prismctl(api, *arguments)
         if done.returncode != 0:

@@ -68,6 +68,18 @@ class _Session:
         self.wake.notify()
 
 
+class _Writer:
+    """Acknowledgements and assignments share one stream; gRPC takes one write at a time."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        self._lock = asyncio.Lock()
+
+    async def __call__(self, response: agent_pb2.SessionResponse) -> None:
+        async with self._lock:
+            await self._write(response)
+
+
 class Dispatcher:
     """All sessions of this member; there are some only while it leads."""
 
@@ -127,6 +139,7 @@ class Dispatcher:
         heartbeat_ms, lease_ms = office.liveness.terms()
         await self._register(office, register, heartbeat_ms, lease_ms)
         session = self._begin(office, register)
+        write = _Writer(write)
         try:
             await write(_welcome(office, heartbeat_ms, lease_ms))
             async with asyncio.TaskGroup() as tasks:

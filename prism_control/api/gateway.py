@@ -1,7 +1,7 @@
 """AgentGateway: agents' sessions. The leader's dispatcher serves them."""
 
-from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol, TypeAlias
 
 import grpc.aio
 from prism.agent.v1 import agent_pb2, agent_pb2_grpc
@@ -9,7 +9,6 @@ from prism.agent.v1 import agent_pb2, agent_pb2_grpc
 from prism_common.errors import InvalidArgumentError, NotLeaderError
 from prism_common.names import shorten, validate_labels, validate_name
 from prism_control.api.forward import LeaderView
-from prism_control.dispatch import Dispatcher
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -17,12 +16,24 @@ _ID_LENGTH_MAX = 64
 _ADDRESS_LENGTH_MAX = 260
 
 
+class SessionServer(Protocol):
+    """What serves sessions while this member leads."""
+
+    async def serve(
+        self,
+        register: agent_pb2.Register,
+        requests: AsyncIterator[agent_pb2.SessionRequest],
+        write: Callable[[agent_pb2.SessionResponse], Awaitable[None]],
+    ) -> None:
+        """Serve one agent until its session ends."""
+
+
 class GatewayServicer(agent_pb2_grpc.AgentGatewayServicer):
     """Serves AgentGateway on one control node."""
 
-    def __init__(self, view: LeaderView, dispatcher: Dispatcher) -> None:
+    def __init__(self, view: LeaderView, sessions: SessionServer) -> None:
         self._view = view
-        self._dispatcher = dispatcher
+        self._sessions = sessions
 
     async def Session(  # type: ignore[override]  # it writes by itself
         self, request_iterator: AsyncIterator[agent_pb2.SessionRequest], context: Context
@@ -39,7 +50,7 @@ class GatewayServicer(agent_pb2_grpc.AgentGatewayServicer):
                 retry_after_s=0.5,
                 metadata={"leader": address} if address else {},
             )
-        await self._dispatcher.serve(first.register, request_iterator, context.write)
+        await self._sessions.serve(first.register, request_iterator, context.write)
 
 
 def _validate(register: agent_pb2.Register) -> None:

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import grpc
 import grpc.aio
 from prism.raft.v1 import raft_pb2, raft_pb2_grpc
 
@@ -32,6 +31,10 @@ from prism_control.transport import wire
 logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION: Final = 1
+#: Reasons of a peer's refusal that do not pass by themselves.
+REFUSALS: Final = frozenset(
+    {"CLUSTER_MISMATCH", "MEMBER_MISMATCH", "NOT_A_MEMBER", "VERSION_MISMATCH"}
+)
 
 #: More than the core keeps in flight to one follower, so that only a dead stream overflows.
 _QUEUE_LENGTH_MAX: Final = 1024
@@ -149,11 +152,11 @@ class PeerLink:
         self._unreachable(self._hello.receiver)
 
     def _note_failure(self, error: grpc.aio.AioRpcError) -> None:
-        if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-            message = from_rpc_error(error).message
-            if message != self.refusal:
-                logger.error("peer at %s refuses this member: %s", self.address, message)
-            self.refusal = message
+        remote = from_rpc_error(error)
+        if remote.code in REFUSALS:
+            if remote.message != self.refusal:
+                logger.error("peer at %s refuses this member: %s", self.address, remote.message)
+            self.refusal = remote.message
         elif self.connected:
             logger.warning(
                 "lost peer %016x at %s: %s", self._hello.receiver, self.address, error.details()

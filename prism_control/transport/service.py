@@ -113,7 +113,8 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
         port = self._require_port()
         if hello.version != PROTOCOL_VERSION:
             raise WrongStateError(
-                f"protocol version {hello.version}; this member speaks {PROTOCOL_VERSION}"
+                f"protocol version {hello.version}; this member speaks {PROTOCOL_VERSION}",
+                reason="VERSION_MISMATCH",
             )
         if hello.cluster_id != port.cluster_id:
             raise WrongStateError(

@@ -1,5 +1,7 @@
 """`make up` and `make down`, and what users do between them, with real processes."""
 
+from __future__ import annotations
+
 import asyncio
 import gzip
 import importlib.util
