@@ -8,6 +8,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Final, Literal
 
+from prism_common.errors import StartupError
+
 Format = Literal["console", "json"]
 LEVELS: Final = ("debug", "info", "warning", "error")
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -46,12 +48,19 @@ def _facts(record: logging.LogRecord) -> dict[str, object]:
 
 
 def configure(level: str, log_format: Format, file: str | None) -> None:
-    """Send all records at or above `level` to standard error, or to `file` (10 MiB, 3 kept)."""
-    handler: logging.Handler = (
-        logging.handlers.RotatingFileHandler(file, maxBytes=10 * 2**20, backupCount=3)
-        if file
-        else logging.StreamHandler(sys.stderr)
-    )
+    """Send all records at or above `level` to standard error, or to `file` (10 MiB, 3 kept).
+
+    Raises:
+        StartupError: The file cannot be written.
+    """
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if file:
+        try:
+            handler = logging.handlers.RotatingFileHandler(
+                file, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8"
+            )
+        except OSError as error:
+            raise StartupError(f"--log-file: {file}: {error.strerror}") from None
     handler.setFormatter(_Json() if log_format == "json" else _Console())
     logging.getLogger("grpc._cython.cygrpc").addFilter(lambda record: not _is_cancellation(record))
     root = logging.getLogger()

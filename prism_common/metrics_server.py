@@ -1,7 +1,9 @@
 """The HTTP port for Prometheus and for liveness and readiness probes."""
 
 import http.server
+import logging
 import socket
+import socketserver
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -10,6 +12,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from prism_common.addresses import Address, check_port_free
+
+logger = logging.getLogger(__name__)
 
 #: Returns whether this process serves, and in words why not.
 Readiness = Callable[[], tuple[bool, str]]
@@ -23,6 +27,14 @@ class _Server(http.server.ThreadingHTTPServer):
         self.registry = registry
         self.ready = ready
         super().__init__((address.host, address.port), _Handler)
+
+    def server_bind(self) -> None:
+        """Bind, without HTTPServer's look-up of the host's name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Keep a scraper that went away out of standard error."""
+        logger.debug("a request of %s failed", client_address, exc_info=True)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

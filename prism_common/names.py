@@ -102,7 +102,9 @@ def validate_env(env: dict[str, str], field: str) -> dict[str, str]:
                 field=field,
             )
         if "\0" in value:
-            raise InvalidArgumentError(f"{field}[{key}]: holds a NUL character", field=field)
+            raise InvalidArgumentError(
+                f"{field}[{shorten(key)}]: holds a NUL character", field=field
+            )
     size = sum(len(key.encode()) + len(value.encode()) + 2 for key, value in env.items())
     if size > limits.ENV_BYTES_MAX:
         raise InvalidArgumentError(

@@ -1,6 +1,7 @@
 """gRPC servers: bind plainly, map errors in one place, count calls, health and reflection."""
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -9,7 +10,6 @@ from typing import Any, Final, cast
 
 import grpc
 import grpc.aio
-from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -23,8 +23,6 @@ from prism_common.status import DETAILS_KEY, code_named, status_of
 logger = logging.getLogger(__name__)
 
 SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
-    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", limits.MESSAGE_BYTES_MAX),
     # Without this a second process on the port would silently share it.
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_time_ms", limits.KEEPALIVE_S * 1000),
@@ -125,8 +123,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     # A handler that writes by itself, such as the health service's Watch.
                     await result
                 else:
-                    async for response in result:
-                        yield response
+                    # Whatever the handler holds is let go with the call, and not some time later.
+                    async with contextlib.aclosing(cast("Any", result)) as responses:
+                        async for response in responses:
+                            yield response
             except BaseException as error:
                 code = _code_of_failure(error, context)
                 await _abort(error, context, f"{service}/{method}")
@@ -178,12 +178,10 @@ async def _abort(
     expected = _as_prism_error(error)
     if expected is None:
         logger.error("unexpected failure in %s", method, exc_info=error)
-        status = status_pb2.Status(
-            code=grpc.StatusCode.INTERNAL.value[0],
-            message=f"unexpected failure in {method}: {type(error).__name__}; see the log",
+        expected = PrismError(
+            f"unexpected failure in {method}: {type(error).__name__}; see the log"
         )
-    else:
-        status = status_of(expected)
+    status = status_of(expected)
     await context.abort(
         code_named(status.code),
         status.message,
@@ -198,13 +196,25 @@ class RpcServer:
         address: Where to listen; port 0 asks the system for one.
         flag: The flag that gave the address, for error messages.
         metrics: Counts the calls.
+        message_bytes_max: Of one message, either way.
     """
 
-    def __init__(self, address: Address, flag: str, metrics: CallMetrics) -> None:
+    def __init__(
+        self,
+        address: Address,
+        flag: str,
+        metrics: CallMetrics,
+        message_bytes_max: int = limits.MESSAGE_BYTES_MAX,
+    ) -> None:
         self.address = address
         self._flag = flag
         self.server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics)], options=SERVER_OPTIONS
+            interceptors=[CallInterceptor(metrics)],
+            options=(
+                *SERVER_OPTIONS,
+                ("grpc.max_receive_message_length", message_bytes_max),
+                ("grpc.max_send_message_length", message_bytes_max),
+            ),
         )
         self._health = HealthServicer()
         self._names: list[str] = []

@@ -40,15 +40,26 @@ def _read_config(context: click.Context, parameter: click.Parameter, value: str 
         raise click.BadParameter(f"{value}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{value}: not TOML: {error}") from None
-    known = {option.name for option in context.command.params} - {"config"}
+    known = {option.name for option in context.command.params} - {"config", "version"}
     defaults: dict[str, Any] = {}
     for key, setting in content.items():
         name = key.replace("-", "_")
         if name not in known:
             accepted = ", ".join(sorted(str(item).replace("_", "-") for item in known))
             raise click.BadParameter(f"{value}: unknown key {key!r}; known: {accepted}")
-        defaults[name] = setting
+        defaults[name] = _as_flag(setting, f"{value}: {key}")
     context.default_map = defaults
+
+
+def _as_flag(setting: object, where: str) -> str:
+    """Return a setting as one would give it as a flag: so that it is checked like one."""
+    if isinstance(setting, bool):
+        return "true" if setting else "false"
+    if isinstance(setting, list) and all(isinstance(item, str) for item in setting):
+        return ",".join(setting)
+    if isinstance(setting, str | int | float):
+        return str(setting)
+    raise click.BadParameter(f"{where}: give a text, a number, true, false, or a list of texts")
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:

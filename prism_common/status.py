@@ -1,15 +1,19 @@
 """PrismError ⇄ gRPC status: one table, and the details of AIP-193."""
 
+import contextlib
 from typing import Any, Final
 
 import grpc
 from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from prism_common import errors
 
 DOMAIN: Final = "prism"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+#: gRPC drops a reply whose trailers pass 8 KiB; the message stands there up to three times.
+_MESSAGE_LENGTH_MAX: Final = 1000
 
 #: The most specific class wins.
 STATUS_OF: Final[dict[type[errors.PrismError], grpc.StatusCode]] = {
@@ -51,7 +55,10 @@ def code_named(value: int) -> grpc.StatusCode:
 
 def to_status(error: errors.PrismError) -> status_pb2.Status:
     """Return google.rpc.Status with ErrorInfo, and BadRequest and RetryInfo where they fit."""
-    status = status_pb2.Status(code=code_of(error).value[0], message=error.message)
+    message = error.message
+    if len(message) > _MESSAGE_LENGTH_MAX:
+        message = message[:_MESSAGE_LENGTH_MAX] + "…"
+    status = status_pb2.Status(code=code_of(error).value[0], message=message)
     status.details.add().Pack(
         error_details_pb2.ErrorInfo(reason=error.code, domain=DOMAIN, metadata=error.metadata)
     )
@@ -60,7 +67,7 @@ def to_status(error: errors.PrismError) -> status_pb2.Status:
             error_details_pb2.BadRequest(
                 field_violations=[
                     error_details_pb2.BadRequest.FieldViolation(
-                        field=error.field, description=error.message, reason=error.code
+                        field=error.field, description=message, reason=error.code
                     )
                 ]
             )
@@ -78,6 +85,7 @@ class RemoteError(errors.PrismError):
     def __init__(self, status: status_pb2.Status) -> None:
         info = error_details_pb2.ErrorInfo()
         retry = error_details_pb2.RetryInfo()
+        bad = error_details_pb2.BadRequest()
         retry_after_s: float | None = None
         for detail in status.details:
             if detail.Is(info.DESCRIPTOR):
@@ -85,8 +93,11 @@ class RemoteError(errors.PrismError):
             elif detail.Is(retry.DESCRIPTOR):
                 detail.Unpack(retry)
                 retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+            elif detail.Is(bad.DESCRIPTOR):
+                detail.Unpack(bad)
         super().__init__(
             status.message,
+            field=bad.field_violations[0].field if bad.field_violations else "",
             retry_after_s=retry_after_s,
             reason=info.reason or code_named(status.code).name,
             metadata=dict(info.metadata),
@@ -108,8 +119,9 @@ def from_rpc_error(error: grpc.RpcError) -> RemoteError:
     for key, value in call.trailing_metadata() or ():
         if key == DETAILS_KEY and isinstance(value, bytes):
             status = status_pb2.Status()
-            status.ParseFromString(value)
-            return RemoteError(status)
+            with contextlib.suppress(DecodeError):  # from something that is not ours
+                status.ParseFromString(value)
+                return RemoteError(status)
     return RemoteError(status_pb2.Status(code=call.code().value[0], message=call.details() or ""))
 
 

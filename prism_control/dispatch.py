@@ -29,7 +29,9 @@ _REPORTS_IN_FLIGHT_MAX: Final = 16
 _REPORTS_MAX: Final = 1000
 #: Registrations arrive together after a change of leader; each is proposed within this time.
 _REGISTER_TIMEOUT_S: Final = 10.0
-_REPORT_BYTES: Final = 128
+#: What an agent says of a sandbox goes into the replicated state and to every user.
+_REASON_LENGTH_MAX: Final = 64
+_MESSAGE_LENGTH_MAX: Final = 1024
 
 Write = Callable[[agent_pb2.SessionResponse], Awaitable[None]]
 
@@ -136,6 +138,13 @@ class Dispatcher:
             raise WrongStateError(
                 f"the agent has seen term {register.term}; this leader's is {office.term}"
             )
+        # gRPC takes one write of a call at a time, and three tasks of a session write.
+        lock = asyncio.Lock()
+
+        async def write_next(response: agent_pb2.SessionResponse) -> None:
+            async with lock:
+                await write(response)
+
         heartbeat_ms, lease_ms = office.liveness.terms()
         await self._register(office, register, heartbeat_ms, lease_ms)
         session = self._begin(office, register)
@@ -143,8 +152,8 @@ class Dispatcher:
         try:
             await write(_welcome(office, heartbeat_ms, lease_ms))
             async with asyncio.TaskGroup() as tasks:
-                sender = tasks.create_task(self._send(office, session, write))
-                tasks.create_task(self._receive(office, session, requests, write, sender))
+                sender = tasks.create_task(self._send(office, session, write_next))
+                tasks.create_task(self._receive(office, session, requests, write_next, sender))
         finally:
             self._end(session)
         if session.ended is not None:
@@ -166,7 +175,7 @@ class Dispatcher:
             heartbeat_ms=heartbeat_ms,
             reports=_reports(register.sandboxes),
         )
-        size = 512 + _REPORT_BYTES * len(command.reports)
+        size = register.ByteSize()
         async with asyncio.timeout(_REGISTER_TIMEOUT_S):
             result = await office.submit(command, size)
         if isinstance(result, Refused):
@@ -229,10 +238,18 @@ class Dispatcher:
         """Take heartbeats and reports until the stream ends or the session is told to end."""
         room = asyncio.Semaphore(_REPORTS_IN_FLIGHT_MAX)
         async with asyncio.TaskGroup() as tasks:
-            reader = tasks.create_task(self._read(office, session, requests, write, tasks, room))
+            under_way: set[asyncio.Task[None]] = set()
+
+            def report(batch: agent_pb2.ReportBatch) -> None:
+                task = tasks.create_task(self._report(office, session, batch, write, room))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+
+            reader = tasks.create_task(self._read(office, session, requests, write, report, room))
             await asyncio.wait((reader, sender), return_when=asyncio.FIRST_COMPLETED)
-            reader.cancel()
-            sender.cancel()
+            # The agent reports again what was not acknowledged.
+            for task in (reader, sender, *under_way):
+                task.cancel()
 
     async def _read(
         self,
@@ -240,7 +257,7 @@ class Dispatcher:
         session: _Session,
         requests: AsyncIterator[agent_pb2.SessionRequest],
         write: Write,
-        tasks: asyncio.TaskGroup,
+        report: Callable[[agent_pb2.ReportBatch], None],
         room: asyncio.Semaphore,
     ) -> None:
         async for request in requests:
@@ -249,7 +266,7 @@ class Dispatcher:
                     await self._heard(office, session, request.heartbeat, write)
                 case "reports":
                     await room.acquire()
-                    tasks.create_task(self._report(office, session, request.reports, write, room))
+                    report(request.reports)
                 case _:
                     raise InvalidArgumentError("a session registers once, with its first message")
 
@@ -290,7 +307,7 @@ class Dispatcher:
                 incarnation=session.incarnation,
                 reports=_reports(batch.reports),
             )
-            await office.submit(command, 64 + _REPORT_BYTES * len(command.reports))
+            await office.submit(command, batch.ByteSize())
             await write(
                 agent_pb2.SessionResponse(report_ack=agent_pb2.ReportAck(sequence=batch.sequence))
             )
@@ -333,9 +350,9 @@ def _reports(protos: Sequence[agent_pb2.SandboxReport]) -> tuple[Report, ...]:
             sandbox_id=proto.sandbox_id,
             generation=proto.generation,
             state=ObservedState(proto.state),
-            reason=proto.reason,
-            message=proto.message,
-            runtime=proto.runtime,
+            reason=proto.reason[:_REASON_LENGTH_MAX],
+            message=proto.message[:_MESSAGE_LENGTH_MAX],
+            runtime=proto.runtime[:_REASON_LENGTH_MAX],
             start_count=proto.start_count,
             at_ms=proto.time.ToMilliseconds() if proto.HasField("time") else 0,
         )

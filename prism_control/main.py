@@ -9,10 +9,12 @@ import click
 
 from prism_common import log, settings
 from prism_control.batcher import BatchingSettings
+from prism_control.node.compaction import SNAPSHOT_ENTRIES, TRAILING_ENTRIES, SnapshotPolicy
 from prism_control.node.server import ControlNode
 from prism_control.node.settings import (
     INTERVAL_MS_MAX,
     QUEUE_SIZE_MAX,
+    SNAPSHOT_ENTRIES_MAX,
     NodeSettings,
     check_range,
     make_settings,
@@ -67,6 +69,7 @@ Each flag can also be given as PRISM_… in the environment, or in the file of -
               help="Batch when more requests than this wait.")  # fmt: skip
 @click.option("--batch-interval-ms", type=int, default=250, show_default=True,
               help="Batch when requests come less than this apart.")  # fmt: skip
+@click.option("--snapshot-entries", type=int, default=SNAPSHOT_ENTRIES, hidden=True)
 @settings.common_options
 def _command(log_level: str, log_format: log.Format, log_file: str | None, **flags: Any) -> int:
     """Run one node of Prism's control plane.
@@ -88,7 +91,11 @@ def _command(log_level: str, log_format: log.Format, log_file: str | None, **fla
         ),
     )
     insecure: bool = flags["insecure"]
-    node_settings = make_settings(batching=batching, **flags)
+    entries = check_range(
+        "--snapshot-entries", flags.pop("snapshot_entries"), 1, SNAPSHOT_ENTRIES_MAX
+    )
+    snapshots = SnapshotPolicy(entries, trailing_entries=min(entries // 5, TRAILING_ENTRIES))
+    node_settings = make_settings(batching=batching, snapshots=snapshots, **flags)
     log.configure(log_level, log_format, log_file)
     _warn(node_settings, insecure)
     return asyncio.run(ControlNode(node_settings).run())

@@ -34,6 +34,13 @@ _RETRY_AFTER_S: Final = 1.0
 _PAUSE_S: Final = 0.05
 #: Nothing was done, or it may be sent again because its request id makes it happen once.
 _SAFE_TO_RESEND: Final = frozenset({"NOT_LEADER", "NO_LEADER", "OUTCOME_UNKNOWN", "STOPPING"})
+#: Refused before it was proposed, which says nothing of an attempt before.
+_NOT_PROPOSED: Final = frozenset({"QUEUE_FULL", "DISK_FULL"})
+#: Statuses without ErrorInfo: the connection failed, or the leader's server ended the call.
+_CONNECTION_LOST: Final = frozenset({"UNAVAILABLE", "CANCELLED"})
+#: Answered before the call's own deadline, so that the caller gets a reason; after what waits for
+#: READY says its own.
+_DEADLINE_MARGIN_S: Final = 0.02
 
 
 class LeaderView(Protocol):
@@ -91,24 +98,28 @@ class Forwarder:
         ends = time.monotonic() + time_left_s(context)
         leader_ends = min(ends, time.monotonic() + _LEADER_WAIT_S)
         forwarded = any(key == FORWARDED for key, _ in context.invocation_metadata() or ())
-        failure: PrismError | None = None
-        while (left_s := ends - time.monotonic()) > 0:
+        #: An attempt that may yet commit; no later one makes this untrue.
+        unknown: PrismError | None = None
+        while (left_s := ends - (started := time.monotonic())) > 0:
             try:
                 if self._view.leads:
-                    return await local(request, left_s)
+                    return await _within(left_s, local(request, left_s))
                 if forwarded:
                     raise self._not_leader()
                 address = self._view.leader_api_address
                 if address:
                     return await self._forward(method, request, response_type, address, left_s)
             except PrismError as error:
+                if error.code == OutcomeUnknownError.reason:
+                    unknown = error
                 if forwarded or error.code not in _SAFE_TO_RESEND:
-                    raise
-                failure = error
+                    raise _as_known(error, unknown) from None
+            # An attempt may wait for long; only what passes without a leader counts.
+            leader_ends = min(ends, leader_ends + time.monotonic() - started)
             if time.monotonic() >= leader_ends:
                 break
             await self._wait_for_change(leader_ends)
-        raise self._give_up(failure, time.monotonic() >= ends)
+        raise unknown or _give_up(time.monotonic() >= ends)
 
     async def _forward(
         self,
@@ -118,25 +129,38 @@ class Forwarder:
         address: str,
         timeout_s: float,
     ) -> Response:
-        call = self._pool.get(address).unary_unary(
+        send = self._pool.get(address).unary_unary(
             method,
             request_serializer=type(request).SerializeToString,
             response_deserializer=response_type.FromString,
         )
-        try:
-            response: Response = await call(
-                request, timeout=timeout_s, metadata=((FORWARDED, "1"),)
-            )
-        except grpc.aio.AioRpcError as error:
-            remote = from_rpc_error(error)
-            # No ErrorInfo: the connection failed, perhaps after the leader had the request.
-            if remote.code == "UNAVAILABLE":
-                raise OutcomeUnknownError(
-                    f"the leader at {address} went away: resend the same request_id",
+        call = send(request, timeout=timeout_s, metadata=((FORWARDED, "1"),))
+        failure: PrismError
+        async with asyncio.TaskGroup() as tasks:
+            watch = tasks.create_task(self._cancel_when_moved(call, address))
+            try:
+                response: Response = await call
+                return response
+            except grpc.aio.AioRpcError as error:
+                failure = _from_leader(error, address)
+            except asyncio.CancelledError:
+                if not watch.done():
+                    raise
+                failure = OutcomeUnknownError(
+                    f"another member leads than the one at {address}: resend the same request_id",
                     retry_after_s=_RETRY_AFTER_S,
-                ) from None
-            raise remote from None
-        return response
+                )
+            finally:
+                watch.cancel()
+        raise failure
+
+    async def _cancel_when_moved(
+        self, call: grpc.aio.UnaryUnaryCall[Any, Any], address: str
+    ) -> None:
+        """Give a call up once another leads: a leader that hangs may answer only much later."""
+        while not self._view.leads and self._view.leader_api_address in ("", address):
+            await self._view.changed.wait()
+        call.cancel()
 
     async def _wait_for_change(self, ends: float) -> None:
         pause_s = min(_PAUSE_S, max(ends - time.monotonic(), 0))
@@ -154,15 +178,39 @@ class Forwarder:
             metadata={"leader": address} if address else {},
         )
 
-    def _give_up(self, failure: PrismError | None, deadline_passed: bool) -> PrismError:
-        if isinstance(failure, OutcomeUnknownError) or (
-            failure is not None and failure.code == OutcomeUnknownError.reason
-        ):
-            return failure
-        if deadline_passed and failure is None:
-            return DeadlineError("the call's deadline passed before a leader was known")
-        return NoLeaderError(
-            "no leader is known: writes need a majority of the control nodes; `prismctl peer ls` "
-            "shows who is reachable",
+
+async def _within(timeout_s: float, work: Awaitable[Response]) -> Response:
+    """Return what a call on this member returns; what it has proposed may outlive its deadline."""
+    try:
+        async with asyncio.timeout(max(timeout_s - _DEADLINE_MARGIN_S, 0)):
+            return await work
+    except TimeoutError:
+        raise OutcomeUnknownError(
+            "the call's deadline passed while it was under way: resend the same request_id",
+            retry_after_s=_RETRY_AFTER_S,
+        ) from None
+
+
+def _from_leader(error: grpc.aio.AioRpcError, address: str) -> PrismError:
+    remote = from_rpc_error(error)
+    if remote.code in _CONNECTION_LOST:
+        return OutcomeUnknownError(
+            f"the leader at {address} went away: resend the same request_id",
             retry_after_s=_RETRY_AFTER_S,
         )
+    return remote
+
+
+def _as_known(error: PrismError, unknown: PrismError | None) -> PrismError:
+    """Return what to tell: "not proposed" is no answer after an attempt that may yet commit."""
+    return unknown if unknown is not None and error.code in _NOT_PROPOSED else error
+
+
+def _give_up(deadline_passed: bool) -> PrismError:
+    if deadline_passed:
+        return DeadlineError("the call's deadline passed before a leader was known")
+    return NoLeaderError(
+        "no leader is known: writes need a majority of the control nodes; `prismctl peer ls` "
+        "shows who is reachable",
+        retry_after_s=_RETRY_AFTER_S,
+    )

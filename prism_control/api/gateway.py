@@ -1,7 +1,8 @@
 """AgentGateway: agents' sessions. The leader's dispatcher serves them."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import grpc.aio
 from prism.agent.v1 import agent_pb2, agent_pb2_grpc
@@ -12,8 +13,10 @@ from prism_control.api.forward import LeaderView
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-_ID_LENGTH_MAX = 64
-_ADDRESS_LENGTH_MAX = 260
+_ID_LENGTH_MAX: Final = 64
+_ADDRESS_LENGTH_MAX: Final = 260
+#: An agent registers at once; a stream that says nothing is not kept.
+_REGISTER_TIMEOUT_S: Final = 10.0
 
 
 class SessionServer(Protocol):
@@ -39,7 +42,8 @@ class GatewayServicer(agent_pb2_grpc.AgentGatewayServicer):
         self, request_iterator: AsyncIterator[agent_pb2.SessionRequest], context: Context
     ) -> None:
         """Serve one agent, while this member leads."""
-        first = await anext(request_iterator, None)
+        async with asyncio.timeout(_REGISTER_TIMEOUT_S):
+            first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("request") != "register":
             raise InvalidArgumentError("register: the first message of a session registers")
         _validate(first.register)

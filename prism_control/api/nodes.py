@@ -139,7 +139,7 @@ def _encode_token(name: str) -> str:
 def _decode_token(token: str) -> str:
     try:
         padded = token + "=" * (-len(token) % 4)
-        return base64.urlsafe_b64decode(padded).decode() if token else ""
+        return base64.b64decode(padded, altchars=b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         raise InvalidArgumentError(
             f"page_token: {shorten(token)} is not one that a list returned", field="page_token"

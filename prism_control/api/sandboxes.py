@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import struct
 from collections.abc import AsyncIterator
 from typing import Any, Final, TypeAlias
@@ -35,6 +36,8 @@ _PAGE_TOKEN: Final = struct.Struct(">Q")
 #: A watcher hears at least this often that nothing happened.
 _PROGRESS_INTERVAL_S: Final = 10.0
 _EVENTS_A_TURN: Final = 500
+#: A page ends here too: with full environments 50 sandboxes would not fit into a message.
+_PAGE_BYTES_MAX: Final = limits.MESSAGE_BYTES_MAX - 512 * limits.KIB
 #: Answered before the call's own deadline, so that the caller gets a reason and not a bare timeout.
 _DEADLINE_MARGIN_S: Final = 0.05
 #: States from which READY does not follow by itself.
@@ -84,9 +87,10 @@ class SandboxServicer(DataPath):
             name=request.name or names.generate_name(),
             spec=validation.spec_of(request.spec),
         )
+        ends = asyncio.get_running_loop().time() + left_s
         row = await self._submit(command, request.ByteSize())
         if request.wait_until == sandbox_pb2.WAIT_UNTIL_READY:
-            row = await self._wait_ready(row.id, left_s)
+            row = await self._wait_ready(row.id, ends)
         return sandbox_proto(row)
 
     async def StopSandbox(
@@ -151,9 +155,10 @@ class SandboxServicer(DataPath):
             force=request.force,
             grace_ms=int(limits.GRACE_S_DEFAULT * 1000),
         )
+        ends = asyncio.get_running_loop().time() + left_s
         row = await self._submit(command, request.ByteSize())
         if request.wait:
-            row = await self._wait_deleted(row, left_s)
+            row = await self._wait_deleted(row, ends)
         return sandbox_proto(row)
 
     async def _submit(self, command: Command, size: int) -> SandboxRow:
@@ -175,32 +180,34 @@ class SandboxServicer(DataPath):
 
     # ── Waiting ──────────────────────────────────────────────────────────────────────────────
 
-    async def _wait_ready(self, sandbox_id: str, left_s: float) -> SandboxRow:
+    async def _wait_ready(self, sandbox_id: str, ends: float) -> SandboxRow:
         while True:
             row = self._api.machine().sandbox(sandbox_id)
             if row is None or row.state in _NEVER_READY:
                 raise _not_ready(sandbox_id, row)
             if row.state in (SandboxState.READY, SandboxState.PAUSED):
                 return row
-            left_s = await self._wait_change(left_s, row)
+            await self._wait_change(ends, row)
 
-    async def _wait_deleted(self, row: SandboxRow, left_s: float) -> SandboxRow:
+    async def _wait_deleted(self, row: SandboxRow, ends: float) -> SandboxRow:
         while True:
             latest = self._api.machine().sandbox(row.id)
             if latest is None or not is_placed(latest):
                 return latest or row
-            left_s = await self._wait_change(left_s, latest)
+            await self._wait_change(ends, latest)
 
-    async def _wait_change(self, left_s: float, row: SandboxRow) -> float:
-        """Wait for any change; return the time that is left.
+    async def _wait_change(self, ends: float, row: SandboxRow) -> None:
+        """Wait for any change.
+
+        Args:
+            ends: The loop's time at the call's deadline.
+            row: The sandbox as it is.
 
         Raises:
-            DeadlineError: There is none left; the sandbox goes on as it was told.
+            DeadlineError: There is no time left; the sandbox goes on as it was told.
         """
-        loop = asyncio.get_running_loop()
-        started = loop.time()
         try:
-            async with asyncio.timeout(left_s - _DEADLINE_MARGIN_S):
+            async with asyncio.timeout_at(ends - _DEADLINE_MARGIN_S):
                 await self._api.changed.wait()
         except TimeoutError:
             why = "; ".join(f"{r.node_name}: {r.reason}" for r in row.placement)
@@ -209,7 +216,6 @@ class SandboxServicer(DataPath):
                 + (f": {why}" if why else ""),
                 metadata={"sandbox": row.id},
             ) from None
-        return left_s - (loop.time() - started)
 
     # ── Reads ────────────────────────────────────────────────────────────────────────────────
 
@@ -241,11 +247,17 @@ class SandboxServicer(DataPath):
         machine = await self._fresh(request.consistency, context)
         tombstones = SandboxState.DELETED in states
         rows, last = machine.list_page(after, size, keep, tombstones=tombstones)
-        return sandbox_pb2.ListSandboxesResponse(
-            sandboxes=[sandbox_proto(row) for row in rows],
-            next_page_token=_encode_token(last) if last else "",
-            revision=machine.revision,
-        )
+        response = sandbox_pb2.ListSandboxesResponse(revision=machine.revision)
+        size_bytes = 0
+        for position, row in enumerate(rows):
+            proto = sandbox_proto(row)
+            size_bytes += proto.ByteSize()
+            if position and size_bytes > _PAGE_BYTES_MAX:
+                last = rows[position - 1].create_revision
+                break
+            response.sandboxes.append(proto)
+        response.next_page_token = _encode_token(last) if last else ""
+        return response
 
     @staticmethod
     def _states(request: sandbox_pb2.ListSandboxesRequest) -> list[int]:
@@ -265,6 +277,8 @@ class SandboxServicer(DataPath):
         await self._fresh(sandbox_pb2.CONSISTENCY_LINEARIZABLE, context)
         revision = request.revision or self._api.machine().revision
         yield sandbox_pb2.WatchSandboxesResponse(revision=revision)
+        loop = asyncio.get_running_loop()
+        progress_at = loop.time() + _PROGRESS_INTERVAL_S
         while True:
             events = self._api.machine().changes_since(revision, _EVENTS_A_TURN)
             for event in events:
@@ -273,16 +287,18 @@ class SandboxServicer(DataPath):
                     row = event.row
                     named = request.sandbox in ("", row.id, row.name)
                     if named and labels <= set(row.spec.labels):
+                        progress_at = loop.time() + _PROGRESS_INTERVAL_S
                         yield sandbox_pb2.WatchSandboxesResponse(
                             sandbox=sandbox_proto(row), revision=revision
                         )
-            if events:
-                continue
-            try:
-                async with asyncio.timeout(_PROGRESS_INTERVAL_S):
-                    await self._api.changed.wait()
-            except TimeoutError:
+            # Also while there is only what the filter hides: the watcher resumes from here.
+            if loop.time() >= progress_at:
+                progress_at = loop.time() + _PROGRESS_INTERVAL_S
                 yield sandbox_pb2.WatchSandboxesResponse(revision=revision)
+            if not events:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(progress_at):
+                        await self._api.changed.wait()
 
     # ── Not served yet ───────────────────────────────────────────────────────────────────────
 
@@ -335,7 +351,8 @@ def _decode_token(token: str) -> int:
     if not token:
         return 0
     try:
-        (revision,) = _PAGE_TOKEN.unpack(base64.urlsafe_b64decode(token + "=="))
+        decoded = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
+        (revision,) = _PAGE_TOKEN.unpack(decoded)
     except (binascii.Error, struct.error, ValueError):
         raise InvalidArgumentError(
             f"page_token: {names.shorten(token)} is not one that a list returned",

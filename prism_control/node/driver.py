@@ -1,20 +1,25 @@
 """The only loop that performs a Ready: drain, persist, send, apply."""
 
 import asyncio
-import heapq
 import logging
-import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from prism_common.errors import NoLeaderError, OutcomeUnknownError, QueueFullError
+from prism_common.errors import (
+    NotLeaderError,
+    OutcomeUnknownError,
+    PrismError,
+    QueueFullError,
+)
 from prism_common.signal import Signal
 from prism_control.metrics import RaftMetrics
+from prism_control.node.barriers import ReadBarriers
+from prism_control.node.compaction import Compaction, SnapshotPolicy, Snapshotted
 from prism_control.raft.core import Core
-from prism_control.raft.errors import NotLeaderError, ProposalDroppedError
+from prism_control.raft.errors import ProposalDroppedError
 from prism_control.raft.types import (
     NOBODY,
     Configuration,
@@ -25,7 +30,6 @@ from prism_control.raft.types import (
     Message,
     Ready,
     Role,
-    SnapshotMeta,
     SoftState,
 )
 from prism_control.storage.errors import DiskFullError
@@ -38,27 +42,16 @@ logger = logging.getLogger(__name__)
 TICK_S: Final = 0.05
 #: What peers may have under way together is far below; beyond it messages are lost, as Raft allows.
 _INBOX_LENGTH_MAX: Final = 20_000
-#: A snapshot after so many entries keeps a restart within seconds.
-_SNAPSHOT_ENTRIES: Final = 10_000
-_SNAPSHOT_BYTES: Final = 64 * 2**20
-#: Entries kept behind a snapshot, so that a follower that was away briefly needs no snapshot.
-_TRAILING_ENTRIES: Final = 2_000
 #: The loop is handed back after applying for so long: heartbeats and other calls go on.
 _APPLY_SLICE_S: Final = 0.01
 _DISK_FULL_RETRY_S: Final = 0.5
 
 
-class StateMachine(Protocol):
+class StateMachine(Snapshotted, Protocol):
     """What committed entries are applied to."""
 
     def apply(self, index: int, data: bytes) -> object:
         """Apply a command; return its result for whoever proposed it."""
-
-    def snapshot(self) -> Callable[[], Iterable[bytes]]:
-        """Return at once a frozen view; calling it, in any thread, encodes it."""
-
-    def restore(self, index: int, chunks: Iterable[bytes]) -> None:
-        """Become what a snapshot holds."""
 
 
 class Batch(Protocol):
@@ -80,6 +73,9 @@ class ProposalSource(Protocol):
 
     def take(self) -> Sequence[Batch]:
         """Return the next entries to propose. Called on a leader only."""
+
+    def fail_all(self, error: PrismError) -> None:
+        """Fail what waits: this member does not lead, so nobody would ever take it."""
 
 
 class MessageSink(Protocol):
@@ -106,6 +102,7 @@ class Driver:
         machine: What entries are applied to.
         source: Where proposals come from.
         metrics: What is measured.
+        policy: When snapshots are taken.
     """
 
     def __init__(
@@ -116,32 +113,24 @@ class Driver:
         machine: StateMachine,
         source: ProposalSource,
         metrics: RaftMetrics,
+        policy: SnapshotPolicy | None = None,
     ) -> None:
         self._core = core
         self._store = store
-        self._snapshots = snapshots
         self._machine = machine
         self._source = source
         self._metrics = metrics
-        self._transport: MessageSink | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="raft-disk")
         self._wake = asyncio.Event()
         self._inbox: list[Message] = []
         self._unreachable: set[MemberId] = set()
         self._snapshot_reports: list[tuple[MemberId, bool]] = []
-        self._snapshots_saved: list[SnapshotMeta] = []
         #: Index → who waits for it; filled only while this member leads.
         self._pending: dict[int, _Pending] = {}
-        #: Reads that no context was asked for yet.
-        self._reads_new: list[asyncio.Future[None]] = []
-        #: Context → the reads it stands for.
-        self._reads_asked: dict[int, list[asyncio.Future[None]]] = {}
-        #: (index, order, reads): confirmed, waiting for the index to be applied.
-        self._reads_confirmed: list[tuple[int, int, list[asyncio.Future[None]]]] = []
-        self._read_order = 0
-        self._bytes_since_snapshot = 0
-        self._snapshotting = False
-        self._snapshot_tasks: asyncio.TaskGroup | None = None
+        self._reads = ReadBarriers()
+        self._compaction = Compaction(
+            core, store, snapshots, machine, self._disk, self.wake, policy or SnapshotPolicy()
+        )
         self._soft_state = SoftState(Role.FOLLOWER, NOBODY, core.term)
         #: Index of the first entry of the own term, while this member leads; else 0.
         self._own_term_index = 0
@@ -150,7 +139,6 @@ class Driver:
         #: Notified when role, leader, term or readiness to lead change.
         self.changed = Signal()
         self.leader_changes = 0
-        self.snapshot_bytes = 0
 
     # ── What others ask ──────────────────────────────────────────────────────────────────────
 
@@ -175,6 +163,11 @@ class Driver:
         leader_id = self._soft_state.leader
         members = self._core.configuration.members
         return next((m for m in members if m.id == leader_id), None)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Size of the last snapshot that this member wrote."""
+        return self._compaction.snapshot_bytes
 
     @property
     def leads(self) -> bool:
@@ -205,9 +198,11 @@ class Driver:
 
         One round of heartbeats serves all reads that wait (thesis §6.4). The caller bounds the
         wait; without a quorum it never ends.
+
+        Raises:
+            StoppingError: The member is stopping.
         """
-        read = asyncio.get_running_loop().create_future()
-        self._reads_new.append(read)
+        read = self._reads.add()
         self._wake.set()
         await read
 
@@ -219,17 +214,20 @@ class Driver:
         Raises:
             StorageError, InvariantError, CorruptEntryError: The member must stop.
         """
-        self._transport = transport
         next_tick = time.monotonic() + TICK_S
         try:
-            async with asyncio.TaskGroup() as self._snapshot_tasks:
+            async with asyncio.TaskGroup() as tasks:
                 while True:
                     next_tick = await self._sleep(next_tick)
                     self._drain()
                     while (ready := self._core.take_ready()) is not None:
                         await self._perform(ready, transport)
+                        await self._compaction.turn(tasks)
                         self._drain()
+                    # What was written meanwhile needs no Ready to be made known.
+                    await self._compaction.turn(tasks)
         finally:
+            self._reads.close()
             self._fail_all(OutcomeUnknownError("this member is stopping; the outcome is unknown"))
             self._disk.shutdown(wait=True)
 
@@ -264,16 +262,18 @@ class Driver:
         reports, self._snapshot_reports = self._snapshot_reports, []
         for member, ok in reports:
             self._core.report_snapshot(member, ok)
-        self._ask_reads()
+        self._reads.ask(self._core)
         if self._core.replication is not None:
             self._propose(self._source.take())
+        else:
+            self._source.fail_all(
+                NotLeaderError("this member does not lead; nothing was proposed", retry_after_s=0.1)
+            )
 
     def _propose(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
             try:
                 index = self._core.propose([batch.data]).start
-            except NotLeaderError:
-                batch.fail(NoLeaderError("leadership was lost; nothing was proposed"))
             except ProposalDroppedError as error:
                 self._metrics.proposals.labels("dropped").inc()
                 batch.fail(QueueFullError(f"{error}; nothing was proposed", retry_after_s=0.5))
@@ -289,10 +289,9 @@ class Driver:
         self._core.persisted(ready)
         transport.send(ready.messages_after_persist)
         if ready.snapshot is not None:
-            await self._install(ready.snapshot)
+            await self._compaction.install(ready.snapshot)
         await self._apply(ready.committed)
-        self._answer_reads(ready)
-        await self._compact()
+        self._reads.answer(ready, self._core.applied_index)
 
     async def _persist(self, ready: Ready) -> None:
         loop = asyncio.get_running_loop()
@@ -310,6 +309,11 @@ class Driver:
                 # state loses its office to a member that has room.
                 if not self.disk_full:
                     logger.error("%s: writes wait until there is room", error)
+                    self._fail_all(
+                        OutcomeUnknownError(
+                            "the leader's disk is full; it may yet be committed", retry_after_s=5.0
+                        )
+                    )
                 self.disk_full = True
                 await asyncio.sleep(_DISK_FULL_RETRY_S)
             else:
@@ -324,7 +328,7 @@ class Driver:
             result: object = None
             if entry.kind is EntryKind.NORMAL:
                 result = self._machine.apply(entry.index, entry.data)
-                self._bytes_since_snapshot += len(entry.data)
+                self._compaction.applied(len(entry.data))
             self._settle(entry, result)
             if time.perf_counter() > slice_end:
                 await asyncio.sleep(0)
@@ -376,79 +380,3 @@ class Driver:
         for waiting in pending.values():
             self._metrics.proposals.labels("unknown").inc()
             waiting.batch.fail(error)
-
-    # ── Reads ────────────────────────────────────────────────────────────────────────────────
-
-    def _ask_reads(self) -> None:
-        if not self._reads_new or not self._core.leader:
-            return  # asked again when a leader is known
-        reads, self._reads_new = self._reads_new, []
-        live = [read for read in reads if not read.done()]
-        if live:
-            context = secrets.randbits(63)
-            self._reads_asked[context] = live
-            self._core.read_index(context)
-
-    def _answer_reads(self, ready: Ready) -> None:
-        for context in ready.reads_dropped:
-            self._reads_new.extend(self._reads_asked.pop(context, ()))
-        for state in ready.reads:
-            reads = self._reads_asked.pop(state.context, None)
-            if reads:
-                self._read_order += 1
-                heapq.heappush(self._reads_confirmed, (state.index, self._read_order, reads))
-        while self._reads_confirmed and self._reads_confirmed[0][0] <= self._core.applied_index:
-            for read in heapq.heappop(self._reads_confirmed)[2]:
-                if not read.done():
-                    read.set_result(None)
-
-    # ── Snapshots ────────────────────────────────────────────────────────────────────────────
-
-    async def _install(self, meta: SnapshotMeta) -> None:
-        logger.info("installing snapshot %d of another member", meta.index)
-        self._machine.restore(meta.index, self._snapshots.read(meta.index))
-        self._core.applied(meta.index)
-        self._bytes_since_snapshot = 0
-
-    async def _compact(self) -> None:
-        saved, self._snapshots_saved = self._snapshots_saved, []
-        for meta in saved:
-            if meta.index <= self._core.snapshot.index:
-                continue
-            self._core.snapshot_saved(meta)
-            first_kept = max(1, meta.index - _TRAILING_ENTRIES + 1)
-            await asyncio.get_running_loop().run_in_executor(
-                self._disk, self._store.compact, meta, first_kept
-            )
-            self._core.compact(first_kept - 1)
-        self._maybe_snapshot()
-
-    def _maybe_snapshot(self) -> None:
-        applied = self._core.applied_index
-        entries = applied - self._core.snapshot.index
-        if self._snapshotting or self._snapshot_tasks is None:
-            return
-        if entries < _SNAPSHOT_ENTRIES and self._bytes_since_snapshot < _SNAPSHOT_BYTES:
-            return
-        meta = self._core.snapshot_meta(applied)
-        self._snapshotting = True
-        self._bytes_since_snapshot = 0
-        self._snapshot_tasks.create_task(self._write_snapshot(meta, self._machine.snapshot()))
-
-    async def _write_snapshot(
-        self, meta: SnapshotMeta, encode: Callable[[], Iterable[bytes]]
-    ) -> None:
-        started = time.perf_counter()
-        try:
-            self.snapshot_bytes = await asyncio.to_thread(
-                lambda: self._snapshots.write(meta.index, encode())
-            )
-        except OSError as error:
-            logger.error("snapshot %d could not be written: %s", meta.index, error)
-            return
-        finally:
-            self._snapshotting = False
-        took_s = time.perf_counter() - started
-        logger.info("snapshot %d: %d bytes in %.2f s", meta.index, self.snapshot_bytes, took_s)
-        self._snapshots_saved.append(meta)
-        self._wake.set()

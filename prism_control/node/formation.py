@@ -15,7 +15,7 @@ from prism_common.errors import StartupError
 from prism_control.raft import formation
 from prism_control.raft.configuration import bootstrap
 from prism_control.raft.formation import PeerView
-from prism_control.raft.types import Configuration, Member
+from prism_control.raft.types import Configuration, Member, MemberId
 from prism_control.storage.log import Formation, LogStore
 from prism_control.transport import wire
 
@@ -30,6 +30,25 @@ _STRICT_TIMEOUT_S: Final = 60.0
 def new_cluster_id() -> str:
     """Return a random cluster id."""
     return f"cl-{secrets.token_hex(8)}"
+
+
+def may_promise(promised: Configuration | None, proposer: MemberId) -> str:
+    """Return why a proposal cannot be accepted by who has accepted another; empty: it can.
+
+    Only the proposer of the other knows whether that has started, so only it can take it back. A
+    member that could be won over by anyone else could complete two clusters, one behind the back
+    of the other, where `--join` lists overlap and differ.
+    """
+    if promised is None:
+        return ""
+    first = min(promised.voters)
+    if proposer == first:
+        return ""
+    name = next((member.name for member in promised.members if member.id == first), f"{first:016x}")
+    return (
+        f"it has promised to form a cluster that {name} proposed: start {name} again, or remove "
+        "this member's data directory, which holds nothing yet"
+    )
 
 
 class FormationEdge:
@@ -77,6 +96,7 @@ class FormationEdge:
             )
         configuration = wire.decode_configuration(request.configuration)
         reason = formation.may_accept(self._me.id, self._expected, configuration, request.proposer)
+        reason = reason or may_promise(self._promised(), request.proposer)
         if not reason:
             self._accept(request.cluster_id, configuration)
         return raft_pb2.FormResponse(accepted=not reason, reason=reason)
@@ -106,10 +126,13 @@ class FormationEdge:
             case formation.Propose():
                 return await self._propose(pool, decision.configuration)
             case formation.Wait():
-                if decision.reason != self.waiting_for:
-                    logger.info("forming a cluster: %s", decision.reason)
-                self.waiting_for = decision.reason
+                self._wait(decision.reason)
         return False
+
+    def _wait(self, reason: str) -> None:
+        if reason != self.waiting_for:
+            logger.info("forming a cluster: %s", reason)
+        self.waiting_for = reason
 
     async def _ask_all(self, pool: channels.ChannelPool) -> Iterable[PeerView]:
         request = raft_pb2.DiscoverRequest(
@@ -133,7 +156,17 @@ class FormationEdge:
         answers = await asyncio.gather(*(ask(address) for address in self._join))
         return [answer for answer in answers if answer is not None]
 
+    def _promised(self) -> Configuration | None:
+        """Return what this member has promised to start with, if it has."""
+        accepted = self._store.formation
+        if accepted is None:
+            return None
+        return msgspec.msgpack.decode(accepted.configuration, type=Configuration)
+
     async def _propose(self, pool: channels.ChannelPool, configuration: Configuration) -> bool:
+        if refusal := may_promise(self._promised(), self._me.id):
+            self._wait(refusal)
+            return False
         accepted = self._store.formation
         encoded = msgspec.msgpack.encode(configuration)
         # A proposal that was interrupted goes on under the same cluster id.
@@ -152,11 +185,10 @@ class FormationEdge:
             try:
                 answer = await stub.Form(request, timeout=_ASK_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
-                self.waiting_for = f"{member.name} does not answer: {error.details()}"
+                self._wait(f"{member.name} does not answer: {error.details()}")
                 return False
             if not answer.accepted:
-                self.waiting_for = f"{member.name} refuses: {answer.reason}"
-                logger.warning("forming a cluster: %s", self.waiting_for)
+                self._wait(f"{member.name} refuses: {answer.reason}")
                 return False
         current = self._store.formation
         if current is None or current.cluster_id != cluster_id:

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: How often silence and deadlines are looked at.
 _WATCH_INTERVAL_S: Final = 0.25
-#: After a failed proposal, before the next one.
-_PAUSE_S: Final = 0.1
+#: After a failed proposal, before the next one: as long as its error says, within these.
+_PAUSE_MIN_S: Final = 0.1
+_PAUSE_MAX_S: Final = 2.0
 
 
 def monotonic_ms() -> int:
@@ -170,7 +171,7 @@ class Leadership:
         except PrismError as error:
             logger.warning("placements were not committed: %s", error)
             scheduler.forget(placement.sandbox_id for placement in command.placements)
-            await asyncio.sleep(_PAUSE_S)
+            await _pause(error)
             return
         if isinstance(result, Assigned):
             scheduler.forget(result.refused)
@@ -190,4 +191,10 @@ class Leadership:
                     await self._batcher.submit(command)
                 except PrismError as error:
                     logger.warning("%s was not committed: %s", type(command).__name__, error)
+                    await _pause(error)
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+
+async def _pause(error: PrismError) -> None:
+    """Let pass what must before a proposal can succeed, such as until there is room."""
+    await asyncio.sleep(min(max(error.retry_after_s or 0.0, _PAUSE_MIN_S), _PAUSE_MAX_S))

@@ -34,7 +34,12 @@ class Replica:
         view = self.machine.snapshot_view()
         return lambda: encode_snapshot(view)
 
-    def restore(self, index: int, chunks: Iterable[bytes]) -> None:
-        """Become what a snapshot holds."""
-        self.machine = Machine.from_snapshot(chunks)
-        self.changed.notify()
+    def restore(self, chunks: Iterable[bytes]) -> Callable[[], None]:
+        """Read a snapshot, in any thread; calling what comes back, on the loop, becomes it."""
+        machine = Machine.from_snapshot(chunks)
+
+        def become() -> None:
+            self.machine = machine
+            self.changed.notify()
+
+        return become

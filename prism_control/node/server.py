@@ -42,10 +42,10 @@ from prism_control.raft.core import Core
 from prism_control.raft.errors import CorruptEntryError, InvariantError
 from prism_control.raft.types import Configuration, Member, SnapshotRequest
 from prism_control.storage.directory import DataDirectory
-from prism_control.storage.errors import StorageError
+from prism_control.storage.errors import DiskFullError, StorageError
 from prism_control.storage.log import Identity, LogStore
 from prism_control.storage.snapshots import SnapshotStore
-from prism_control.transport.peers import Transport
+from prism_control.transport.peers import RAFT_MESSAGE_BYTES_MAX, Transport
 from prism_control.transport.service import RaftPort, RaftServicer
 from prism_control.transport.snapshots import send_snapshot
 
@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 #: An election timeout of at least 1 s: under big batches one loop was seen to lag a quarter of it.
 _ELECTION_TICKS: Final = round(1.0 / TICK_S)
 _HEARTBEAT_TICKS: Final = 2
+#: The core asks again at once for a snapshot that did not arrive.
+_SNAPSHOT_PAUSE_S: Final = 1.0
 #: Calls under way at SIGTERM get this long.
 _DRAIN_S: Final = 2.0
 #: What stops a member: going on could break what it has promised.
@@ -113,7 +115,7 @@ class ControlNode:
                 return await self._serve(directory, store)
             finally:
                 store.close()
-        except StorageError as error:
+        except (StorageError, DiskFullError) as error:
             raise StartupError(f"--data-dir: {error}") from None
         finally:
             directory.close()
@@ -126,7 +128,9 @@ class ControlNode:
         snapshots = SnapshotStore(directory.path / "snapshots")
         dispatcher = Dispatcher(self._metrics.leader)
         api_server = RpcServer(settings.api, "--api", self._metrics.calls)
-        raft_server = RpcServer(settings.raft, "--raft", self._metrics.calls)
+        raft_server = RpcServer(
+            settings.raft, "--raft", self._metrics.calls, RAFT_MESSAGE_BYTES_MAX
+        )
         metrics_server = MetricsServer(
             settings.metrics, "--metrics", self._metrics.registry, self._readiness
         )
@@ -159,13 +163,16 @@ class ControlNode:
 
     async def _until_stopping(self, work: "asyncio._CoroutineLike[None]") -> bool:
         """Do `work`, or stop it at SIGTERM; return whether it was done."""
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(work)
-            stop = tasks.create_task(self._stopping.wait())
-            await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
-            done = task.done()
-            task.cancel()
-            stop.cancel()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                task = tasks.create_task(work)
+                stop = tasks.create_task(self._stopping.wait())
+                await asyncio.wait((task, stop), return_when=asyncio.FIRST_COMPLETED)
+                done = task.done()
+                task.cancel()
+                stop.cancel()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
         return done
 
     # ── Identity and formation ───────────────────────────────────────────────────────────────
@@ -231,16 +238,22 @@ class ControlNode:
         identity = store.identity
         if identity is None:
             raise StorageError("the identity is gone")
-        core = self._restore(store, snapshots)
+        core = await self._restore(store, snapshots)
         driver = self._driver = Driver(
-            core, store, snapshots, self._replica, batcher, self._metrics.raft
-        )
+            core, store, snapshots, self._replica, batcher, self._metrics.raft,
+            self._settings.snapshots,
+        )  # fmt: skip
         driver.changed = self.changed
         self.changed.notify()
         tasks = asyncio.TaskGroup()
+        work: set[asyncio.Task[None]] = set()
 
         def send(request: SnapshotRequest, address: str) -> None:
-            tasks.create_task(self._send_snapshot(driver, snapshots, transport, request, address))
+            task = tasks.create_task(
+                self._send_snapshot(driver, snapshots, transport, request, address)
+            )
+            work.add(task)
+            task.add_done_callback(work.discard)
 
         transport = Transport(identity.cluster_id, self._me.id, driver.report_unreachable, send)
         self._status = NodeStatus(
@@ -266,12 +279,12 @@ class ControlNode:
         self._warn_of_moved_addresses(driver.configuration)
         try:
             async with tasks:
-                work = [
+                work |= {
                     tasks.create_task(driver.run(transport)),
                     tasks.create_task(transport.run(driver.configuration)),
                     tasks.create_task(self._leadership.run()),
                     tasks.create_task(self._report_serving(api_server)),
-                ]
+                }
                 await self._stopping.wait()
                 logger.info("stopping")
                 batcher.close()
@@ -283,12 +296,15 @@ class ControlNode:
             return _explain(group)
         return 0
 
-    def _restore(self, store: LogStore, snapshots: SnapshotStore) -> Core:
+    async def _restore(self, store: LogStore, snapshots: SnapshotStore) -> Core:
         """Return the core as the disk has it, with the state machine at the last snapshot."""
         started = time.perf_counter()
-        stored = store.load()
+        stored = await asyncio.to_thread(store.load)
         if stored.snapshot.index:
-            self._replica.restore(stored.snapshot.index, snapshots.read(stored.snapshot.index))
+            chunks = snapshots.read(stored.snapshot.index)
+            become = await asyncio.to_thread(self._replica.restore, chunks)
+            become()
+        snapshots.prune(stored.snapshot.index, newer=True)
         core = Core(
             CoreConfig(self._me.id, _ELECTION_TICKS, _HEARTBEAT_TICKS),
             random.Random(),  # noqa: S311 - election timeouts are no secret
@@ -298,7 +314,8 @@ class ControlNode:
         )
         logger.info(
             "restored term %d, %d entries after snapshot %d in %.2f s",
-            stored.hard_state.term, len(stored.entries), stored.snapshot.index,
+            stored.hard_state.term, core.log.last_index - stored.snapshot.index,
+            stored.snapshot.index,
             time.perf_counter() - started,
         )  # fmt: skip
         return core
@@ -321,15 +338,21 @@ class ControlNode:
         request: SnapshotRequest,
         address: str,
     ) -> None:
-        meta = driver.core.snapshot
-        ok = await send_snapshot(
-            request.term,
-            meta,
-            snapshots.file(meta.index),
-            transport.hello(request.receiver),
-            address,
-        )
-        driver.report_snapshot(request.receiver, ok)
+        """Send the newest snapshot, and tell the core how that went, whatever happens."""
+        ok = False
+        try:
+            meta = driver.core.snapshot
+            ok = await send_snapshot(
+                request.term,
+                meta,
+                snapshots.file(meta.index),
+                transport.hello(request.receiver),
+                address,
+            )
+            if not ok:
+                await asyncio.sleep(_SNAPSHOT_PAUSE_S)
+        finally:
+            driver.report_snapshot(request.receiver, ok)
 
     async def _report_serving(self, api_server: RpcServer) -> None:
         """Keep the health service true."""
@@ -417,8 +440,11 @@ def _explain(group: BaseExceptionGroup[BaseException]) -> int:
     known = group.subgroup((*_FATAL, PrismError))
     if known is None:
         raise group
-    error: BaseException = known
+    logger.critical("this member stops: %s", _first(known))
+    return 1
+
+
+def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    logger.critical("this member stops: %s", error)
-    return 1
+    return error

@@ -8,10 +8,12 @@ from prism_common.addresses import Address, parse_address, require_loopback
 from prism_common.errors import InvalidArgumentError
 from prism_common.names import validate_name
 from prism_control.batcher import BatchingSettings
+from prism_control.node.compaction import SnapshotPolicy
 
 VOTERS_MAX: Final = 9
 QUEUE_SIZE_MAX: Final = 1_000_000
 INTERVAL_MS_MAX: Final = 60_000
+SNAPSHOT_ENTRIES_MAX: Final = 1_000_000
 RAFT_PORT: Final = 4200
 API_PORT: Final = 8008
 METRICS_PORT: Final = 9420
@@ -26,6 +28,7 @@ class NodeSettings:
         advertise: Host that others dial; empty: the host of --raft and --api.
         bootstrap_expect: Members that form the cluster; 0: not by meeting others.
         join: Raft addresses of those members.
+        snapshots: When the log is compacted.
     """
 
     name: str
@@ -39,6 +42,7 @@ class NodeSettings:
     join: tuple[str, ...]
     strict_join: bool
     batching: BatchingSettings
+    snapshots: SnapshotPolicy
 
 
 def check_range(flag: str, value: int, least: int, most: int) -> int:
@@ -62,6 +66,7 @@ def make_settings(
     strict_join: bool,
     insecure: bool,
     batching: BatchingSettings,
+    snapshots: SnapshotPolicy,
 ) -> NodeSettings:
     """Check the flags, each and together.
 
@@ -91,10 +96,10 @@ def make_settings(
                 field="--advertise",
             )
         advertise = parsed.host
+    parts = (part.strip() for part in join.split(","))
+    # Each once, however often it is listed.
     peers = tuple(
-        str(parse_address(part.strip(), "--join", RAFT_PORT))
-        for part in join.split(",")
-        if part.strip()
+        dict.fromkeys(str(parse_address(part, "--join", RAFT_PORT)) for part in parts if part)
     )
     _check_bootstrap(bootstrap, bootstrap_expect, peers)
     return NodeSettings(
@@ -109,6 +114,7 @@ def make_settings(
         join=peers,
         strict_join=strict_join,
         batching=batching,
+        snapshots=snapshots,
     )
 
 

@@ -29,6 +29,8 @@ class Limits:
     uncommitted_bytes_max: int = 64 << 20
     #: Encoded entries in `Ready.committed`.
     committed_bytes_max: int = 16 << 20
+    #: A learner that lacks no more entries than this has caught up.
+    promotion_lag_entries_max: int = 64
     #: Reads that wait on one member; past it they are dropped.
     reads_waiting_max: int = 65536
 
@@ -42,12 +44,15 @@ class CoreConfig:
         election_ticks: The least election timeout; each is drawn from [e, 2e) (§5.2, §9.3).
         heartbeat_ticks: Between heartbeats of a leader; a small part of `election_ticks`.
         limits: Bounds.
+        promotes_learners: Whether a leader makes voters of learners that have caught up. If not,
+            somebody must propose it.
     """
 
     id: MemberId
     election_ticks: int = 10
     heartbeat_ticks: int = 1
     limits: Limits = field(default_factory=Limits)
+    promotes_learners: bool = True
 
     def __post_init__(self) -> None:
         if self.id <= 0:

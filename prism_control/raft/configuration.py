@@ -64,6 +64,15 @@ class ConfigurationHistory:
         while len(self._history) > 1 and self._history[1][0] <= index:
             self._history.pop(0)
 
+    @property
+    def current_index(self) -> int:
+        """Index of the entry that holds `current`, or of the snapshot that does."""
+        return self._history[-1][0]
+
+    def since(self, index: int) -> list[Configuration]:
+        """Return what was in force at `index`, and all that came into force later."""
+        return [self.at(index), *(c for i, c in self._history if i > index)]
+
     def at(self, index: int) -> Configuration:
         """Return what was in force at `index`, which must not be compacted away."""
         return next(c for i, c in reversed(self._history) if i <= index)

@@ -14,7 +14,8 @@ Contract with the driver, the only caller, which repeats this:
 5. Send `ready.messages_after_persist`.
 6. Load `ready.snapshot` into the state machine, apply `ready.committed` in order, then call
    `core.applied(index)` with the last of them (or the snapshot's index).
-7. Serve `ready.reads` whose index is applied; fail or ask again `ready.reads_dropped`.
+7. Serve `ready.reads` whose index is applied; fail or ask again `ready.reads_dropped`. Tell who
+   waits for it about `ready.transfer`.
 
 After a pause, deliver one tick and not all that were missed: an old clock must not depose a
 leader whose messages wait in the inbox. Any message may be lost, repeated, reordered or late.
@@ -25,6 +26,12 @@ Snapshots: at an applied index the driver writes the state machine under
 `SnapshotRequest` among the messages is for the transport of snapshots, which ends with
 `core.report_snapshot`.
 
+Membership: `propose_configuration` begins a change on the leader, which the core completes by
+itself; learners that have caught up are promoted by the leader at a tick. The configuration in
+force is `core.configuration`, and connections follow it from the moment it changes. A new
+member starts with an empty disk and no configuration, and waits to be spoken to. `transfer`
+hands leadership over. `raft.recovery` is for when a majority is lost.
+
 An `InvariantError` or `CorruptEntryError` out of any method means that the member must stop.
 """
 
@@ -32,11 +39,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prism_control.raft.configuration import ConfigurationHistory
-from prism_control.raft.errors import InvariantError, NotLeaderError, ProposalDroppedError
-from prism_control.raft.member import MemberState
+from prism_control.raft.errors import (
+    InvariantError,
+    LeavingError,
+    NotLeaderError,
+    ProposalDroppedError,
+)
+from prism_control.raft.leader import LeaderState
 from prism_control.raft.types import (
-    NOBODY,
     AppendReply,
     AppendRequest,
     Entry,
@@ -46,13 +56,13 @@ from prism_control.raft.types import (
     HeartbeatReply,
     ReadIndexReply,
     ReadIndexRequest,
-    ReadState,
     Ready,
     Role,
     SnapshotMeta,
     SnapshotRequest,
     SoftState,
     TimeoutNow,
+    TransferResult,
     VoteReply,
     VoteRequest,
 )
@@ -61,17 +71,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from prism_control.raft.config import CoreConfig, RandomSource
-    from prism_control.raft.replication import Replication
     from prism_control.raft.types import MemberId, Message
 
-#: Only a leader of its term sends these.
-_FROM_LEADER = (AppendRequest, Heartbeat, SnapshotRequest)
 
-
-class Core(MemberState):
+class Core(LeaderState):
     """One member's part in the consensus. See the module for how to drive it."""
 
-    __slots__ = ("_handlers",)
+    __slots__ = ("_handlers", "_transfer_result")
 
     def __init__(
         self,
@@ -95,17 +101,24 @@ class Core(MemberState):
             ReadIndexReply: self._handle_read_index_reply,
             TimeoutNow: self._handle_timeout_now,
         }
+        self._transfer_result: TransferResult | None = None
+        others = {*self.configuration.ids()} - {config.id, *self.configuration.learners}
+        if not others and self.configuration.is_voter(config.id):
+            # Nobody else could lead, or be disturbed.
+            self._campaign(Role.PRE_CANDIDATE)
 
     # ------------------------------------------------------------------ what happens to it
 
     def tick(self) -> None:
         """Let one unit of time pass."""
         self._election.elapsed += 1
+        if self._transfer is not None:
+            self._end_transfer(self._transfer.tick())
         if self.replication is not None:
             self._tick_leader(self.replication)
             return
         self._outbox.drop_reads(self._forwarded_reads.tick())
-        if self._election.is_due and self.configuration.is_voter(self.config.id):
+        if self._election.is_due and self._may_campaign:
             self._campaign(Role.PRE_CANDIDATE)
 
     def step(self, message: Message) -> None:
@@ -123,6 +136,13 @@ class Core(MemberState):
         if message.term > self.term and not self._adopt_term(message):
             return
         self._handlers[type(message)](message)
+        if self._transfer is not None:
+            self._end_transfer(self._transfer.led_by(self.leader, self.term))
+
+    def _end_transfer(self, result: TransferResult | None) -> None:
+        if result is not None:
+            self._transfer_result = result
+            self._transfer = None
 
     def propose(self, datas: Sequence[bytes]) -> range:
         """Append commands to the leader's log.
@@ -133,21 +153,19 @@ class Core(MemberState):
 
         Raises:
             NotLeaderError: This member does not lead.
-            ProposalDroppedError: Too much is waiting to be committed.
+            ProposalDroppedError: Too much is waiting to be committed, or (LeavingError) this
+                leader hands over to another.
         """
         replication = self.replication
         if replication is None:
             raise NotLeaderError(self.leader)
+        if self._transfer is not None:
+            raise LeavingError(f"leadership is handed over to member {self._transfer.to:016x}")
         size_bytes = sum(map(len, datas))
         waiting_bytes = replication.uncommitted_bytes
         if waiting_bytes and waiting_bytes + size_bytes > self._limits.uncommitted_bytes_max:
             raise ProposalDroppedError(f"{waiting_bytes} bytes are waiting to be committed")
-        first, term = self.log.last_index + 1, self.term
-        self.log.append(
-            [Entry(i, term, EntryKind.NORMAL, data) for i, data in enumerate(datas, first)]
-        )
-        replication.uncommitted_bytes += size_bytes
-        return range(first, first + len(datas))
+        return self._append(replication, EntryKind.NORMAL, datas)
 
     def read_index(self, context: int) -> None:
         """Ask for an index from which the state machine may serve a read (thesis 6.4).
@@ -198,6 +216,7 @@ class Core(MemberState):
             or entries
             or self._outbox
             or self._received_snapshot
+            or self._transfer_result
             or self._applying < self.commit
         ):
             return None
@@ -219,7 +238,9 @@ class Core(MemberState):
             committed=committed,
             reads=reads,
             reads_dropped=reads_dropped,
+            transfer=self._transfer_result,
         )
+        self._transfer_result = None
         self._received_snapshot = None
         return self._unpersisted_ready
 
@@ -292,215 +313,6 @@ class Core(MemberState):
     def applied_index(self) -> int:
         """What the state machine has applied."""
         return self._applied
-
-    # ------------------------------------------------------------------ terms
-
-    def _adopt_term(self, message: Message) -> bool:
-        """Deal with a term above one's own (§5.1); return whether to go on with the message."""
-        if isinstance(message, VoteRequest):
-            # A member that was removed or cut off must not depose a leader that others hear
-            # (thesis 4.2.3 and 9.6), unless that leader wants it.
-            if self._hears_leader() and not message.transfer:
-                return False
-            if message.pre_vote:
-                return True
-        elif isinstance(message, VoteReply) and message.pre_vote and message.granted:
-            return True
-        leader = message.sender if isinstance(message, _FROM_LEADER) else NOBODY
-        self._become_follower(message.term, leader)
-        return True
-
-    def _answer_stale(self, message: Message) -> None:
-        """Answer a sender of an old term, so that it learns the present one (§5.1).
-
-        Without it a member that campaigned in vain while cut off would ignore the leader of
-        the older term for ever, and pre-vote and lease would keep it from being elected.
-        """
-        me, sender = self.config.id, message.sender
-        if isinstance(message, VoteRequest):
-            reply: Message = VoteReply(me, sender, self.term, message.pre_vote, granted=False)
-        elif isinstance(message, _FROM_LEADER):
-            reply = HeartbeatReply(me, sender, self.term)
-        else:
-            return
-        self._outbox.send_after_persist(reply)
-
-    # ------------------------------------------------------------------ votes
-
-    def _handle_vote_request(self, message: VoteRequest) -> None:
-        if message.pre_vote:
-            may_vote = message.term > self.term
-        else:
-            may_vote = self.vote == message.sender or (
-                self.vote == NOBODY and self.leader == NOBODY
-            )
-        granted = may_vote and self.log.is_up_to_date(message.last_index, message.last_term)
-        if granted and not message.pre_vote:
-            self.vote = message.sender
-            self._election.elapsed = 0
-        term = message.term if granted else self.term
-        self._outbox.send_after_persist(
-            VoteReply(self.config.id, message.sender, term, message.pre_vote, granted)
-        )
-
-    def _handle_vote_reply(self, message: VoteReply) -> None:
-        if message.pre_vote:
-            if self.role is not Role.PRE_CANDIDATE:
-                return
-            if message.granted and message.term != self.term + 1:
-                return
-        elif self.role is not Role.CANDIDATE:
-            return
-        self._count_vote(message.sender, message.granted)
-
-    def _handle_timeout_now(self, message: TimeoutNow) -> None:
-        if message.sender == self.leader and self.configuration.is_voter(self.config.id):
-            self._campaign(Role.CANDIDATE, transfer=True)
-
-    # ------------------------------------------------------------------ following
-
-    def _handle_append_request(self, message: AppendRequest) -> None:
-        self._follow(message.sender)
-        log = self.log
-        previous_index, entries = message.previous_index, message.entries
-        if previous_index < self.commit:
-            # What is committed is equal everywhere, and may be compacted away here.
-            entries = entries[self.commit - previous_index :]
-            previous_index = self.commit
-        elif log.term_at(previous_index) != message.previous_term:
-            self._reject_append(message)
-            return
-        known = log.first_conflict(entries)
-        if known < len(entries):
-            self._write(entries[known:])
-        last_new = previous_index + len(entries)
-        self._commit_to(min(message.commit, last_new))
-        self._outbox.send_after_persist(
-            AppendReply(self.config.id, message.sender, self.term, rejected=False, index=last_new)
-        )
-
-    def _write(self, entries: Sequence[Entry]) -> None:
-        """Append a leader's entries, first cutting what conflicts with them (§5.3)."""
-        first = entries[0].index
-        if first <= self.commit:
-            raise InvariantError(f"entry {first} is committed, yet the leader has another")
-        if first <= self.log.last_index:
-            self.log.truncate(first)
-            self._configurations.truncate(first)
-        self.log.append(entries)
-        self._configurations.append(entries)
-
-    def _reject_append(self, message: AppendRequest) -> None:
-        """Refuse entries that do not join the log, with a hint where they may (end of §5.3)."""
-        hint_index = self.log.last_index_of_term(message.previous_index, message.previous_term)
-        hint_index = max(hint_index, self.commit)
-        hint_term = self.log.term_at(hint_index)
-        if hint_term is None:
-            raise InvariantError(f"the term of entry {hint_index} is unknown")
-        self._outbox.send_after_persist(
-            AppendReply(
-                self.config.id,
-                message.sender,
-                self.term,
-                rejected=True,
-                index=message.previous_index,
-                hint_index=hint_index,
-                hint_term=hint_term,
-            )
-        )
-
-    def _handle_heartbeat(self, message: Heartbeat) -> None:
-        self._follow(message.sender)
-        self._commit_to(message.commit)
-        self._outbox.send_after_persist(
-            HeartbeatReply(self.config.id, message.sender, self.term, message.read_context)
-        )
-
-    def _handle_snapshot_request(self, message: SnapshotRequest) -> None:
-        self._follow(message.sender)
-        meta = message.meta
-        if meta.index > self.commit:
-            if self.log.term_at(meta.index) == meta.term:
-                self._commit_to(meta.index)
-            else:
-                self._restore(meta)
-        self._outbox.send_after_persist(
-            AppendReply(
-                self.config.id, message.sender, self.term, rejected=False, index=self.commit
-            )
-        )
-
-    def _restore(self, meta: SnapshotMeta) -> None:
-        """Let a snapshot take the place of the log and of the state machine (§7)."""
-        self.log.reset(meta.index, meta.term)
-        self._configurations = ConfigurationHistory(meta)
-        self.snapshot = meta
-        self._received_snapshot = meta
-        self.commit = meta.index
-        self._applying = meta.index
-
-    # ------------------------------------------------------------------ leading
-
-    def _tick_leader(self, replication: Replication) -> None:
-        if self._election.is_past_minimum:
-            self._election.elapsed = 0
-            if not replication.take_quorum_active():
-                self._become_follower(self.term, NOBODY)
-                return
-        replication.tick(self.config.heartbeat_ticks, self.commit)
-
-    def _handle_append_reply(self, message: AppendReply) -> None:
-        replication = self.replication
-        if replication is not None and replication.append_replied(message):
-            self._commit_by_quorum(replication)
-
-    def _handle_heartbeat_reply(self, message: HeartbeatReply) -> None:
-        if self.replication is not None:
-            self.replication.heartbeat_replied(message)
-
-    def _commit_by_quorum(self, replication: Replication) -> None:
-        """Commit what a quorum has on disk, if it is of this leader's own term (§5.4.2).
-
-        Copies of an earlier term's entry prove nothing: a later leader may still replace it
-        (figure 8). It is committed along with an entry of the present term.
-        """
-        index = replication.quorum_index()
-        if index > self.commit and self.log.term_at(index) == self.term:
-            self._commit_to(index)
-
-    def _send_as_leader(self, replication: Replication) -> None:
-        if self.log.term_at(self.commit) == self.term:
-            # Before that, committed entries of earlier terms may still be unknown here.
-            replication.start_read_round(self.commit)
-            self._release_reads(replication)
-        replication.send_all(self.commit, self.snapshot)
-
-    # ------------------------------------------------------------------ reads
-
-    def _add_read(self, replication: Replication, requester: MemberId, context: int) -> None:
-        if replication.reads.length < self._limits.reads_waiting_max:
-            replication.reads.add(requester, context)
-        elif requester == self.config.id:
-            self._outbox.drop_reads([context])
-
-    def _release_reads(self, replication: Replication) -> None:
-        if not replication.reads.length:
-            return
-        for read, index in replication.reads.confirm(replication.quorum_read_round()):
-            if read.requester == self.config.id:
-                self._outbox.read(ReadState(read.context, index))
-            else:
-                self._outbox.send_now(
-                    ReadIndexReply(self.config.id, read.requester, self.term, read.context, index)
-                )
-
-    def _handle_read_index_request(self, message: ReadIndexRequest) -> None:
-        if self.replication is not None:
-            self._add_read(self.replication, message.sender, message.context)
-
-    def _handle_read_index_reply(self, message: ReadIndexReply) -> None:
-        if self._forwarded_reads.answered(message.context):
-            self._outbox.read(ReadState(message.context, message.index))
 
     # ------------------------------------------------------------------ the next Ready
 

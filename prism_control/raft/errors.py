@@ -24,6 +24,18 @@ class ProposalDroppedError(Exception):
     """Nothing was proposed: too much is waiting to be committed. Try again later."""
 
 
+class LeavingError(ProposalDroppedError):
+    """Nothing was proposed: this leader hands over to another. Try again shortly."""
+
+
+class InvalidRequestError(Exception):
+    """Nothing was done: it makes no sense in the present configuration."""
+
+
+class NotReadyError(Exception):
+    """Nothing was done: it cannot be done now. Try again later; the message says why."""
+
+
 class CorruptEntryError(Exception):
     """The bytes of an entry, or of a configuration, are not what was written.
 

@@ -9,8 +9,8 @@ Why there is never a second cluster: a member that has started accepts nothing m
 configuration starts only after every member in it has accepted. So when one has started, its
 proposer and whoever followed can be in no other; a member that had accepted it and was then won
 over by another proposal can complete that one only with N others that have not started, and the
-two sets would need N + 1 members or more, while each member counts exactly N or waits. A majority of
-started members, which every decision needs, exists for at most one of them.
+two sets would need N + 1 members or more, while each member counts exactly N or waits. A majority
+of started members, which every decision needs, exists for at most one of them.
 
 Pure: the edge asks, persists and sends.
 """

@@ -15,6 +15,7 @@ from prism_control.raft.outbox import Outbox
 from prism_control.raft.quorum import VoteResult
 from prism_control.raft.reads import ForwardedReads
 from prism_control.raft.replication import Replication
+from prism_control.raft.transfer import Transfer
 from prism_control.raft.types import NOBODY, Entry, EntryKind, Role, SoftState, VoteRequest
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class MemberState:
         "_received_snapshot",
         "_saved_hard_state",
         "_shown_soft_state",
+        "_transfer",
         "_unpersisted_ready",
         "commit",
         "config",
@@ -103,6 +105,8 @@ class MemberState:
         #: Goes into the next Ready.
         self._received_snapshot: SnapshotMeta | None = None
         self._outbox = Outbox()
+        #: Begun by this member and not ended; while it leads, nothing is appended meanwhile.
+        self._transfer: Transfer | None = None
 
         # Derived.
         #: In force: the last in the log, committed or not.
@@ -198,6 +202,17 @@ class MemberState:
             self._become_follower(self.term, leader)
 
     # ------------------------------------------------------------------ elections
+
+    @property
+    def _may_campaign(self) -> bool:
+        """Whether an election may need this member: it is a voter, or was, for all it knows.
+
+        A configuration without it that may not be committed can lack a leader but for it: with
+        the voters 1 and 2, once 1 has appended its own removal, 2 must not vote against 1's longer
+        log and cannot win without 1's vote (thesis 4.2.2).
+        """
+        me = self.config.id
+        return any(c.is_voter(me) for c in self._configurations.since(self.commit))
 
     def _campaign(self, role: Role, transfer: bool = False) -> None:
         """Ask for votes (§5.2), or first whether they would be given (thesis 9.6)."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from typing import Final
 
 from prism_control.raft.errors import InvariantError
+
+SILENT_FOR_EVER_TICKS: Final = 1 << 62
 
 
 class ProgressState(enum.IntEnum):
@@ -36,6 +39,7 @@ class Progress:
         "read_round",
         "recent_active",
         "retry_due",
+        "silent_ticks",
         "state",
     )
 
@@ -51,6 +55,8 @@ class Progress:
         self.pending_snapshot = 0
         #: Heard of since the last look (check-quorum, thesis 6.2).
         self.recent_active = False
+        #: Ticks since it was heard of; a member that never was has been silent for ever.
+        self.silent_ticks = SILENT_FOR_EVER_TICKS
         #: A heartbeat of the clock (not of a read) is out; its answer allows one retry.
         self.retry_due = False
         #: The follower has been told that everything up to here is committed.
@@ -66,6 +72,11 @@ class Progress:
     def inflight_messages(self) -> int:
         """How many messages are not answered yet."""
         return len(self._inflight)
+
+    def heard(self) -> None:
+        """Take note of a sign of life."""
+        self.recent_active = True
+        self.silent_ticks = 0
 
     def may_send(self, messages_max: int, bytes_max: int) -> bool:
         """Whether the state and the window allow another message with entries."""

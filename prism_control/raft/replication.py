@@ -59,15 +59,30 @@ class Replication:
         self._outbox = outbox
         self._limits = limits
         self._heartbeat_elapsed = 0
-        #: Everybody in the configuration, the leader too; its own match is what it has on disk.
+        #: Everybody in the configuration; and the leader, even when it is removed (§6), whose
+        #: match is what it has on disk.
         self.progress: dict[MemberId, Progress] = {
-            member: Progress(log.last_index + 1) for member in configuration.ids()
+            member: Progress(log.last_index + 1) for member in sorted({*configuration.ids(), id})
         }
         self.progress[id].accepted(log.persisted)
         #: Reads that wait for a quorum to confirm this leadership.
         self.reads = LeaderReads()
         #: Data of all entries past the commit index.
         self.uncommitted_bytes = 0
+
+    def configure(self, configuration: Configuration) -> None:
+        """Use `configuration`, which the leader has just appended, from now on (§6)."""
+        self._configuration = configuration
+        known, next_index = self.progress, self._log.last_index + 1
+        self.progress = {
+            member: known.get(member) or Progress(next_index)
+            for member in sorted({*configuration.ids(), self._id})
+        }
+
+    def most_advanced_voter(self) -> MemberId:
+        """Return the other voter with the longest log; the first of them if several have it."""
+        others = [member for member in self._configuration.voters if member != self._id]
+        return max(others, key=lambda member: self.progress[member].match)
 
     def persisted(self, index: int) -> None:
         """Take note that the leader's own log is durable up to `index` (thesis 10.2.1)."""
@@ -96,6 +111,8 @@ class Replication:
 
     def tick(self, heartbeat_ticks: int, commit: int) -> None:
         """Let a tick pass; send heartbeats when they are due."""
+        for progress in self.progress.values():
+            progress.silent_ticks += 1
         self._heartbeat_elapsed += 1
         if self._heartbeat_elapsed < heartbeat_ticks:
             return
@@ -129,7 +146,7 @@ class Replication:
         progress = self.progress.get(reply.sender)
         if progress is None:
             return False
-        progress.recent_active = True
+        progress.heard()
         if reply.rejected:
             if not progress.is_stale_rejection(reply.index):
                 agreed = self._log.last_index_of_term(reply.hint_index, reply.hint_term)
@@ -154,7 +171,7 @@ class Replication:
         progress = self.progress.get(reply.sender)
         if progress is None:
             return
-        progress.recent_active = True
+        progress.heard()
         progress.read_round = max(progress.read_round, reply.read_context)
         if progress.take_retry() and progress.match < self._log.last_index:
             # If what was sent ahead is lost, then the follower will reject this.

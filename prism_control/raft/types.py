@@ -294,6 +294,19 @@ class ReadState:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferResult:
+    """How a transfer of leadership has ended (thesis 3.10).
+
+    Attributes:
+        to: Who should lead.
+        succeeded: Whether it does. If not, this member may lead still, or somebody else.
+    """
+
+    to: MemberId
+    succeeded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """What the driver must now do, in the order of the fields (see `core`).
 
@@ -309,6 +322,7 @@ class Ready:
         committed: To be applied, in order, after the write; first load `snapshot`.
         reads: Reads that may be served once their index is applied.
         reads_dropped: Contexts of reads that will not be answered; ask again.
+        transfer: How a transfer that this member began has ended.
     """
 
     soft_state: SoftState | None
@@ -320,6 +334,7 @@ class Ready:
     committed: tuple[Entry, ...]
     reads: tuple[ReadState, ...]
     reads_dropped: tuple[int, ...]
+    transfer: TransferResult | None = None
 
     @property
     def needs_persist(self) -> bool:

@@ -1,10 +1,11 @@
 """Raft's log and hard state in LMDB: one synchronous transaction a turn.
 
 LMDB is copy-on-write: a crash leaves the state before or after a transaction, never a part of
-it. Each entry carries its own CRC-32C besides, because LMDB has no checksums.
+it. Each entry and each record carries its own CRC-32C besides, because LMDB has no checksums.
 """
 
 import errno
+import os
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
+import google_crc32c
 import lmdb
 import msgspec
 
@@ -25,6 +27,10 @@ MAP_BYTES: Final = 64 * 2**30
 SCHEMA_VERSION: Final = 1
 
 _KEY: Final = struct.Struct(">Q")
+_CRC: Final = struct.Struct(">I")
+#: With less than this free, LMDB's "input/output error" is a write that was cut short by the end of
+#: the disk. Nothing was committed, and what it had written has taken up the rest.
+_FULL_BYTES: Final = 1 * 2**20
 T = TypeVar("T")
 
 
@@ -65,17 +71,19 @@ class LogStore:
     """
 
     def __init__(self, path: Path, observe_fsync: Callable[[float], None]) -> None:
+        self._path = path
         self._observe_fsync = observe_fsync
         self._poison: str | None = None
         try:
             self._env = lmdb.open(
                 str(path), map_size=MAP_BYTES, max_dbs=2, sync=True, metasync=True, mode=0o600
             )
+            self._check_size()
             self._meta = self._env.open_db(b"meta")
             self._entries = self._env.open_db(b"entries")
         except lmdb.Error as error:
-            if _is_disk_full(error):
-                raise CorruptStoreError(f"--data-dir: {path}: no space left on the disk") from None
+            if self._is_disk_full(error):
+                raise DiskFullError("no space left on the disk that holds --data-dir") from None
             raise CorruptStoreError(f"--data-dir: {path} is not a readable log: {error}") from None
         version = self._get(b"schema", int)
         if version is None:
@@ -125,6 +133,23 @@ class LogStore:
         """
         hard_state = self._get(b"hard_state", HardState) or HardState()
         snapshot = self._get(b"snapshot", SnapshotMeta) or SnapshotMeta()
+        try:
+            entries = self._read_entries()
+        except lmdb.Error as error:
+            raise CorruptStoreError(f"the log cannot be read: {error}") from None
+        first, last = (
+            (entries[0].index, entries[-1].index)
+            if entries
+            else (snapshot.index + 1, snapshot.index)
+        )
+        if first > snapshot.index + 1 or last < max(hard_state.commit, snapshot.index):
+            raise CorruptStoreError(
+                f"the log holds {first} to {last}, but the snapshot ends at {snapshot.index} and "
+                f"{hard_state.commit} was committed: entries are missing"
+            )
+        return StoredLog(hard_state, snapshot, tuple(entries))
+
+    def _read_entries(self) -> list[Entry]:
         entries: list[Entry] = []
         with self._env.begin(db=self._entries) as txn:
             for key, value in txn.cursor():
@@ -139,19 +164,7 @@ class LogStore:
                         f"log entry {expected} is missing: found {entry.index} under {index}"
                     )
                 entries.append(entry)
-        first, last = (
-            (entries[0].index, entries[-1].index)
-            if entries
-            else (snapshot.index + 1, snapshot.index)
-        )
-        if first > snapshot.index + 1 or last < hard_state.commit:
-            raise CorruptStoreError(
-                f"the log holds {first} to {last}, but the snapshot ends at {snapshot.index} and "
-                f"{hard_state.commit} was committed: the database was truncated"
-            )
-        # The trailing margin behind a snapshot is kept for slow followers, not for restarts.
-        kept = tuple(entry for entry in entries if entry.index > snapshot.index)
-        return StoredLog(hard_state, snapshot, kept)
+        return entries
 
     def persist(
         self, hard_state: HardState | None, snapshot: SnapshotMeta | None, entries: Sequence[Entry]
@@ -194,23 +207,42 @@ class LogStore:
         """Close the database."""
         self._env.close()
 
+    def _check_size(self) -> None:
+        """Refuse a database file that was cut: touching a page past its end kills the process."""
+        pages: int = self._env.info()["last_pgno"] + 1
+        needed = pages * int(self._env.stat()["psize"])
+        size = (self._path / "data.mdb").stat().st_size
+        # A new database has no pages yet.
+        if pages > 2 and size < needed:
+            raise CorruptStoreError(
+                f"--data-dir: {self._path} was truncated: it has {size} bytes of {needed}"
+            )
+
     def _cut(self, txn: Any, index: int) -> None:
         cursor = txn.cursor(db=self._entries)
         while cursor.set_range(_KEY.pack(index)):
             cursor.delete()
 
     def _get(self, key: bytes, kind: type[T]) -> T | None:
-        with self._env.begin(db=self._meta) as txn:
-            value = txn.get(key)
-        if value is None:
+        try:
+            with self._env.begin(db=self._meta) as txn:
+                record = txn.get(key)
+        except lmdb.Error as error:
+            raise CorruptStoreError(f"{key.decode()} cannot be read: {error}") from None
+        if record is None:
             return None
+        value = record[_CRC.size :]
+        if record[: _CRC.size] != _CRC.pack(google_crc32c.value(value)):
+            raise CorruptStoreError(f"{key.decode()} on disk is corrupt: CRC-32C differs")
         try:
             return msgspec.msgpack.decode(value, type=kind)
         except msgspec.MsgspecError as error:
             raise CorruptStoreError(f"{key.decode()} on disk is corrupt: {error}") from None
 
     def _put(self, txn: Any, key: bytes, value: object) -> None:
-        txn.put(key, msgspec.msgpack.encode(value), db=self._meta)
+        encoded = msgspec.msgpack.encode(value)
+        record = _CRC.pack(google_crc32c.value(encoded)) + encoded
+        txn.put(key, record, db=self._meta)
 
     def _write(self, write: Callable[[Any], object]) -> None:
         if self._poison is not None:
@@ -220,13 +252,19 @@ class LogStore:
             with self._env.begin(write=True) as txn:
                 write(txn)
         except lmdb.Error as error:
-            if _is_disk_full(error):
+            if self._is_disk_full(error):
                 raise DiskFullError("no space left on the disk that holds --data-dir") from None
             self._poison = f"the log could not be written: {error}"
             raise StorageError(self._poison) from error
         self._observe_fsync(time.perf_counter() - started)
 
-
-def _is_disk_full(error: lmdb.Error) -> bool:
-    full = isinstance(error, lmdb.MapFullError)
-    return full or errno.ENOSPC in error.args or "No space left" in str(error)
+    def _is_disk_full(self, error: lmdb.Error) -> bool:
+        if isinstance(error, lmdb.MapFullError):
+            return True
+        text = str(error)
+        if os.strerror(errno.ENOSPC) in text or os.strerror(errno.EDQUOT) in text:
+            return True
+        if os.strerror(errno.EIO) not in text:
+            return False
+        status = os.statvfs(self._path)
+        return status.f_bavail * status.f_frsize < _FULL_BYTES

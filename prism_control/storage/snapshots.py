@@ -4,6 +4,8 @@ Layout: `magic (8)`, then records `length u32 | crc32c u32 | bytes`, and a last 
 whose CRC field is the number of records. A torn or truncated file is thus recognised.
 """
 
+import contextlib
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -19,8 +21,6 @@ _MAGIC: Final = b"PRISMSN1"
 _RECORD: Final = struct.Struct("<II")
 #: A record is one chunk of the state machine's encoding; it makes them far smaller than this.
 _RECORD_BYTES_MAX: Final = 64 * 2**20
-#: The newest, and the one before it, should the newest turn out unreadable.
-_KEPT: Final = 2
 
 
 class SnapshotStore:
@@ -28,6 +28,8 @@ class SnapshotStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        #: Two may be written at once, also of one index: one of our own and one that arrives.
+        self._numbers = itertools.count(1)
         path.mkdir(mode=0o700, exist_ok=True)
         for leftover in path.glob("*.partial"):
             leftover.unlink()
@@ -38,24 +40,30 @@ class SnapshotStore:
 
     def write(self, index: int, chunks: Iterable[bytes]) -> int:
         """Write a snapshot durably; return its size in bytes. Runs outside the loop."""
-        partial = self._path / f"{index:020d}.partial"
-        with partial.open("wb") as file:
-            file.write(_MAGIC)
-            count = 0
-            for chunk in chunks:
-                file.write(_RECORD.pack(len(chunk), google_crc32c.value(chunk)))
-                file.write(chunk)
-                count += 1
-            file.write(_RECORD.pack(0, count))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        self._publish(partial, index)
+        partial = self._partial(index)
+        try:
+            with partial.open("wb") as file:
+                size = _write_records(file, chunks)
+            self._publish(partial, index)
+        finally:
+            # After a failure it would only take room, of which there may be none.
+            partial.unlink(missing_ok=True)
         return size
 
     def receive(self, index: int) -> "IncomingSnapshot":
         """Begin to receive a snapshot's bytes from another member."""
-        return IncomingSnapshot(self, self._path / f"{index:020d}.partial", index)
+        return IncomingSnapshot(self, self._partial(index), index)
+
+    def prune(self, in_force: int, *, newer: bool = False) -> None:
+        """Remove what the snapshot that the log now follows from makes useless.
+
+        A newer one may have arrived and wait for the core to take it; only at start, with `newer`,
+        is it known that nobody will.
+        """
+        for path in self._path.glob("*.snapshot"):
+            index = int(path.stem)
+            if index < in_force or (newer and index > in_force):
+                path.unlink(missing_ok=True)
 
     def read(self, index: int) -> Iterator[bytes]:
         """Yield the chunks of the snapshot that ends at `index`.
@@ -71,11 +79,12 @@ class SnapshotStore:
         with file:
             yield from _records(file, path.name)
 
+    def _partial(self, index: int) -> Path:
+        return self._path / f"{index:020d}-{next(self._numbers)}.partial"
+
     def _publish(self, partial: Path, index: int) -> None:
         partial.rename(self.file(index))
         sync_directory(self._path)
-        for old in sorted(self._path.glob("*.snapshot"))[:-_KEPT]:
-            old.unlink()
 
 
 class IncomingSnapshot:
@@ -112,8 +121,22 @@ class IncomingSnapshot:
 
     def abort(self) -> None:
         """Forget what has arrived."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what is buffered may find no room
+            self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def _write_records(file: BinaryIO, chunks: Iterable[bytes]) -> int:
+    file.write(_MAGIC)
+    count = 0
+    for chunk in filter(None, chunks):
+        file.write(_RECORD.pack(len(chunk), google_crc32c.value(chunk)))
+        file.write(chunk)
+        count += 1
+    file.write(_RECORD.pack(0, count))
+    file.flush()
+    os.fsync(file.fileno())
+    return file.tell()
 
 
 def _records(file: BinaryIO, name: str) -> Iterator[bytes]:

@@ -38,11 +38,20 @@ REFUSALS: Final = frozenset(
 
 #: More than the core keeps in flight to one follower, so that only a dead stream overflows.
 _QUEUE_LENGTH_MAX: Final = 1024
-#: Under the server's limit of a message, with room for the framing.
+#: More than the largest entry, which is an agent's registration with all that it has, beside what
+#: was batched with it. A message that a peer will not take would end replication for good.
+RAFT_MESSAGE_BYTES_MAX: Final = 32 * 2**20
+#: Far under that, so that heartbeats and votes do not wait behind much.
 _BATCH_BYTES_MAX: Final = 2 * 2**20
 #: A dead peer must be noticed within an election or two, not within gRPC's usual minutes.
 _OPTIONS: Final = (
-    *(option for option in channels.CHANNEL_OPTIONS if "keepalive_t" not in option[0]),
+    *(
+        option
+        for option in channels.CHANNEL_OPTIONS
+        if "keepalive_t" not in option[0] and "message_length" not in option[0]
+    ),
+    ("grpc.max_receive_message_length", RAFT_MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", RAFT_MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", 5000),
     ("grpc.keepalive_timeout_ms", 2000),
     ("grpc.max_reconnect_backoff_ms", 1000),

@@ -1,11 +1,12 @@
 """Snapshots on the wire: a call of their own, in chunks with CRC, so that nothing waits behind."""
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import google_crc32c
 import grpc
@@ -13,7 +14,7 @@ import grpc.aio
 from prism.raft.v1 import raft_pb2, raft_pb2_grpc
 
 from prism_common import channels
-from prism_common.errors import InvalidArgumentError
+from prism_common.errors import DiskFullError, InvalidArgumentError
 from prism_control.raft.types import MemberId, SnapshotMeta, SnapshotRequest
 from prism_control.storage.snapshots import SnapshotStore
 from prism_control.transport import wire
@@ -34,10 +35,12 @@ async def send_snapshot(
 ) -> bool:
     """Send the snapshot file at `path` to `address`; return whether it is on the peer's disk."""
     try:
-        async with channels.open_channel(address) as channel:
-            stub = raft_pb2_grpc.RaftServiceStub(channel)
-            chunks = _chunks(term, meta, path, hello)
-            await stub.InstallSnapshot(chunks, timeout=_SEND_TIMEOUT_S)
+        # Opened before anything else: a newer snapshot may remove the file's name meanwhile.
+        with path.open("rb") as file:
+            async with channels.open_channel(address) as channel:
+                stub = raft_pb2_grpc.RaftServiceStub(channel)
+                chunks = _chunks(term, meta, file, hello)
+                await stub.InstallSnapshot(chunks, timeout=_SEND_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         logger.warning("snapshot %d to %s failed: %s", meta.index, address, error.details())
         return False
@@ -49,23 +52,21 @@ async def send_snapshot(
 
 
 async def _chunks(
-    term: int, meta: SnapshotMeta, path: Path, hello: raft_pb2.Hello
+    term: int, meta: SnapshotMeta, file: BinaryIO, hello: raft_pb2.Hello
 ) -> AsyncIterator[raft_pb2.InstallSnapshotRequest]:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        offset = 0
-        while offset < size or offset == 0:
-            data = await asyncio.to_thread(file.read, _CHUNK_BYTES)
-            chunk = raft_pb2.InstallSnapshotRequest(
-                offset=offset, data=data, crc32c=google_crc32c.value(data)
-            )
-            if offset == 0:
-                chunk.hello.CopyFrom(hello)
-                chunk.term = term
-                chunk.meta.CopyFrom(wire.encode_snapshot_meta(meta))
-                chunk.size_bytes = size
-            yield chunk
-            offset += len(data)
+    size = os.fstat(file.fileno()).st_size
+    offset = 0
+    while data := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+        chunk = raft_pb2.InstallSnapshotRequest(
+            offset=offset, data=data, crc32c=google_crc32c.value(data)
+        )
+        if offset == 0:
+            chunk.hello.CopyFrom(hello)
+            chunk.term = term
+            chunk.meta.CopyFrom(wire.encode_snapshot_meta(meta))
+            chunk.size_bytes = size
+        yield chunk
+        offset += len(data)
 
 
 async def receive_snapshot(
@@ -84,6 +85,7 @@ async def receive_snapshot(
 
     Raises:
         InvalidArgumentError: A chunk is missing or damaged.
+        DiskFullError: There is no room for it.
     """
     first = await anext(requests, None)
     if first is None:
@@ -102,6 +104,10 @@ async def receive_snapshot(
             )
         await asyncio.to_thread(incoming.finish)
         finished = True
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFullError(f"no room for snapshot {meta.index}", retry_after_s=5.0) from None
     finally:
         if not finished:
             incoming.abort()

@@ -1,0 +1,1 @@
+"""The agent: makes, limits, watches and ends the sandboxes of one node."""

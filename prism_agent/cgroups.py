@@ -1,0 +1,364 @@
+"""Limits by cgroups: version 2 where it has the controllers, version 1 otherwise.
+
+Every agent has a cgroup of its own, `prism/<node id>`, and each sandbox one below it, so two agents
+on one machine never touch each other's.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+CONTROLLERS: Final = ("memory", "pids", "cpu")
+_CPU_PERIOD_US: Final = 100_000
+#: The supervisor and bwrap's monitor count as processes of the sandbox, and are not its own.
+_PROCESSES_OWN: Final = 2
+_KILL_TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupLimits:
+    """What a sandbox may use."""
+
+    memory_bytes: int
+    processes_max: int
+    cpu_millicores: int
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupUsage:
+    """What it uses, and what happened."""
+
+    memory_bytes: int = 0
+    processes: int = 0
+    oom_kills: int = 0
+
+
+class Cgroups(Protocol):
+    """The cgroups of one agent's sandboxes."""
+
+    description: str
+
+    def create(self, name: str, limits: CgroupLimits) -> None:
+        """Make a sandbox's cgroup, or set the limits of the one that there is."""
+
+    def procs_files(self, name: str) -> Sequence[Path]:
+        """Return the files that a process writes 0 to in order to enter."""
+
+    def usage(self, name: str) -> CgroupUsage:
+        """Measure."""
+
+    def pids(self, name: str) -> set[int]:
+        """Return the processes in it."""
+
+    def kill(self, name: str) -> None:
+        """Kill all in it, and return once it is empty."""
+
+    def remove(self, name: str) -> None:
+        """Kill all in it, and remove it."""
+
+    def names(self) -> set[str]:
+        """Return all that there are."""
+
+    def close(self) -> None:
+        """Remove the agent's own cgroup if it is empty."""
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="ascii") as file:
+        file.write(text)
+
+
+def _read_number(path: Path) -> int:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdigit() else 0
+
+
+def _read_field(path: Path, field: str) -> int:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if name == field and value.isdigit():
+            return int(value)
+    return 0
+
+
+class _Directories:
+    """What both versions do alike: one directory a sandbox below each root.
+
+    Args:
+        roots: The agent's cgroup in each hierarchy; version 2 has one hierarchy only.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = list(roots)
+
+    def _paths(self, name: str) -> list[Path]:
+        return [root / name for root in self._roots]
+
+    #: The file that a process of one thread enters by.
+    _entry = "cgroup.procs"
+
+    def procs_files(self, name: str) -> Sequence[Path]:
+        return [path / self._entry for path in self._paths(name)]
+
+    def pids(self, name: str) -> set[int]:
+        found: set[int] = set()
+        for file in (path / "cgroup.procs" for path in self._paths(name)):
+            with contextlib.suppress(OSError):
+                found.update(int(line) for line in file.read_text(encoding="ascii").split())
+        # 0 is a process that our own PID namespace does not show.
+        return found - {0}
+
+    def kill(self, name: str) -> None:
+        """Kill until empty: a fork in between is found in the next round."""
+        deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+        self._forbid_forks(name)
+        while pids := self.pids(name):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline_s:
+                raise OSError(errno.EBUSY, f"processes {sorted(pids)[:10]} do not end")
+            time.sleep(0.001)
+
+    def _forbid_forks(self, name: str) -> None:
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        self.kill(name)
+        for path in self._paths(name):
+            _remove_directory(path)
+
+    def names(self) -> set[str]:
+        found: set[str] = set()
+        for root in self._roots:
+            with contextlib.suppress(FileNotFoundError):
+                found.update(entry.name for entry in os.scandir(root) if entry.is_dir())
+        return found
+
+    def close(self) -> None:
+        for root in self._roots:
+            for path in (root, root.parent):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def _remove_directory(path: Path) -> None:
+    """Remove a cgroup; just after its last process has ended it is busy for a moment."""
+    deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+    while True:
+        try:
+            path.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.001)
+        else:
+            return
+
+
+class CgroupsV1(_Directories):
+    """One hierarchy a controller."""
+
+    # A thread that moves itself needs no lock on all forks of the machine; a process does, and
+    # waits some 12 ms for it.
+    _entry = "tasks"
+
+    def __init__(self, mounts: dict[str, Path], agent: str) -> None:
+        self._controllers = {name: mount / "prism" / agent for name, mount in mounts.items()}
+        super().__init__(list(dict.fromkeys(self._controllers.values())))
+        self.description = f"cgroup v1: {', '.join(mounts)}"
+
+    def create(self, name: str, limits: CgroupLimits) -> None:
+        """Make it, or set its limits anew."""
+        for path in self._paths(name):
+            path.mkdir(parents=True, exist_ok=True)
+        memory = self._controllers["memory"] / name
+        _write(memory / "memory.limit_in_bytes", str(limits.memory_bytes))
+        with contextlib.suppress(FileNotFoundError):
+            # There where swap is accounted; without swap the first limit is all.
+            _write(memory / "memory.memsw.limit_in_bytes", str(limits.memory_bytes))
+        if "pids" in self._controllers:
+            pids_max = limits.processes_max + _PROCESSES_OWN
+            _write(self._controllers["pids"] / name / "pids.max", str(pids_max))
+        if "cpu" in self._controllers:
+            cpu = self._controllers["cpu"] / name
+            quota_us = limits.cpu_millicores * _CPU_PERIOD_US // 1000
+            _write(cpu / "cpu.cfs_period_us", str(_CPU_PERIOD_US))
+            _write(cpu / "cpu.cfs_quota_us", str(max(quota_us, 1000)))
+
+    def usage(self, name: str) -> CgroupUsage:
+        """Measure."""
+        memory = self._controllers["memory"] / name
+        return CgroupUsage(
+            memory_bytes=_read_number(memory / "memory.usage_in_bytes"),
+            processes=_read_number(self._controllers["pids"] / name / "pids.current")
+            if "pids" in self._controllers
+            else len(self.pids(name)),
+            oom_kills=_read_field(memory / "memory.oom_control", "oom_kill"),
+        )
+
+    def _forbid_forks(self, name: str) -> None:
+        if "pids" in self._controllers:
+            with contextlib.suppress(FileNotFoundError):
+                _write(self._controllers["pids"] / name / "pids.max", "0")
+
+
+class CgroupsV2(_Directories):
+    """The unified hierarchy."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__([root])
+        self._root = root
+        self.description = "cgroup v2"
+
+    def create(self, name: str, limits: CgroupLimits) -> None:
+        """Make it, or set its limits anew."""
+        path = self._root / name
+        path.mkdir(parents=True, exist_ok=True)
+        _write(path / "memory.max", str(limits.memory_bytes))
+        with contextlib.suppress(FileNotFoundError):
+            _write(path / "memory.swap.max", "0")
+        _write(path / "pids.max", str(limits.processes_max + _PROCESSES_OWN))
+        quota_us = max(limits.cpu_millicores * _CPU_PERIOD_US // 1000, 1000)
+        _write(path / "cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
+
+    def usage(self, name: str) -> CgroupUsage:
+        """Measure."""
+        path = self._root / name
+        return CgroupUsage(
+            memory_bytes=_read_number(path / "memory.current"),
+            processes=_read_number(path / "pids.current"),
+            oom_kills=_read_field(path / "memory.events", "oom_kill"),
+        )
+
+    def _forbid_forks(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            # Of Linux 5.14; kills all at once, also what forks. Else the rounds of `kill` do it.
+            _write(self._root / name / "cgroup.kill", "1")
+            return
+        with contextlib.suppress(FileNotFoundError):
+            _write(self._root / name / "pids.max", "0")
+
+
+# ── finding them ──
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupMounts:
+    """Where cgroups are mounted, and where this process is in them."""
+
+    v1: dict[str, Path]
+    v2: Path | None
+    own_v2: str = "/"
+
+
+def read_mounts(mountinfo: str, own: str) -> CgroupMounts:
+    """Read /proc/self/mountinfo and /proc/self/cgroup."""
+    v1: dict[str, Path] = {}
+    v2: Path | None = None
+    for line in mountinfo.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, rest = before.split(), after.split()
+        if len(fields) < 5 or len(rest) < 3:
+            continue
+        point = Path(fields[4].replace("\\040", " "))
+        if rest[0] == "cgroup2":
+            v2 = v2 or point
+        elif rest[0] == "cgroup":
+            for option in rest[2].split(","):
+                if option in CONTROLLERS:
+                    v1.setdefault(option, point)
+    own_v2 = "/"
+    for line in own.splitlines():
+        if line.startswith("0::"):
+            own_v2 = line[3:]
+    return CgroupMounts(v1, v2, own_v2)
+
+
+def _prepare_v2(parent: Path, agent: str) -> Path:
+    """Make the agent's cgroup below `parent`, with all controllers for its children."""
+    root = parent / "prism" / agent
+    root.mkdir(parents=True, exist_ok=True)
+    for path in (parent, parent / "prism", root):
+        enabled = (path / "cgroup.subtree_control").read_text(encoding="ascii").split()
+        wanted = [f"+{name}" for name in CONTROLLERS if name not in enabled]
+        if wanted:
+            _write(path / "cgroup.subtree_control", " ".join(wanted))
+    return root
+
+
+def _find_v2(mounts: CgroupMounts, agent: str) -> CgroupsV2:
+    if mounts.v2 is None:
+        raise OSError(errno.ENOENT, "cgroup v2 is not mounted")
+    own = mounts.v2 / mounts.own_v2.lstrip("/")
+    problem: OSError | None = None
+    for parent in dict.fromkeys((mounts.v2, own)):
+        try:
+            return CgroupsV2(_prepare_v2(parent, agent))
+        except OSError as error:
+            problem = error
+            for path in (parent / "prism" / agent, parent / "prism"):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+    try:
+        # A delegated cgroup that we are in ourselves: only leaves may hold processes.
+        leaf = own / "prism-agent"
+        leaf.mkdir(exist_ok=True)
+        _write(leaf / "cgroup.procs", "0")
+        return CgroupsV2(_prepare_v2(own, agent))
+    except OSError as error:
+        raise problem or error from None
+
+
+def find(mounts: CgroupMounts, agent: str) -> tuple[Cgroups | None, str]:
+    """Return the cgroups to use, or None and in words why there are none."""
+    has_v2 = False
+    if mounts.v2 is not None:
+        with contextlib.suppress(OSError):
+            controllers = (mounts.v2 / "cgroup.controllers").read_text(encoding="ascii").split()
+            has_v2 = all(name in controllers for name in CONTROLLERS)
+    if has_v2:
+        try:
+            return _find_v2(mounts, agent), ""
+        except OSError as error:
+            return None, _without(f"cgroup v2 is not ours to use ({error.strerror})")
+    if "memory" not in mounts.v1:
+        return None, _without("there is no memory controller")
+    groups = CgroupsV1(mounts.v1, agent)
+    name = ".probe"
+    try:
+        groups.create(name, CgroupLimits(16 * 2**20, 8, 100))
+        groups.remove(name)
+    except OSError as error:
+        return None, _without(f"cgroup v1 is not ours to use ({error.strerror})")
+    missing = [each for each in CONTROLLERS if each not in mounts.v1]
+    return groups, f"cgroup v1 without {', '.join(missing)}" if missing else ""
+
+
+def _without(why: str) -> str:
+    return (
+        f"{why}: memory and CPU of sandboxes are not limited, and processes by rlimit only; run as "
+        "root, or with a delegated cgroup"
+    )
+
+
+def find_on_this_machine(agent: str) -> tuple[Cgroups | None, str]:
+    """Return the cgroups to use here, or None; and in words what is missing."""
+    mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+    own = Path("/proc/self/cgroup").read_text(encoding="ascii")
+    return find(read_mounts(mountinfo, own), agent)

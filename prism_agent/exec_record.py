@@ -1,0 +1,169 @@
+"""One exec: its record on disk, and how it is now."""
+
+import asyncio
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent.data_directory import write_atomically
+from prism_agent.supervisor.protocol import ProtocolError, Reason, RingHeader, State
+from prism_agent.supervisor.ring import Ring
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+class ExecRecord(msgspec.Struct, kw_only=True):
+    """What a restarted agent must know of an exec beside its ring. Written before it runs."""
+
+    version: int = VERSION
+    exec_id: str
+    #: Its number in the sandbox: names its files, and the exec to the supervisor.
+    number: int
+    request_id: str
+    #: Of what was asked for: the same request id with another content is refused.
+    digest: str
+    argv: list[str]
+    start_time_s: float
+    #: Processes that the kernel had killed for memory when it started.
+    oom_kills: int
+    stdin: bool
+    #: Its end was looked at, and why it ended is settled.
+    settled: bool = False
+    #: It ran out of memory. The rest of how it ended is in the ring's header.
+    out_of_memory: bool = False
+
+
+def digest_of(start: sandbox_pb2.ExecStart) -> str:
+    """Return a digest of what is to be run; the same for the same request."""
+    copy = sandbox_pb2.ExecStart()
+    copy.CopyFrom(start)
+    copy.request_id = ""
+    return hashlib.sha256(copy.SerializeToString(deterministic=True)).hexdigest()
+
+
+class Exec:
+    """One exec as the agent sees it."""
+
+    def __init__(self, directory: Path, record: ExecRecord) -> None:
+        self.record = record
+        self._directory = directory
+        #: The last that was read of its ring; refreshed when the supervisor says so.
+        self.header: RingHeader | None = None
+        #: Set, and replaced by a new one, at each change.
+        self.changed = asyncio.Event()
+        #: Its sandbox ended before it did, or with it: there is no exit status.
+        self.lost = False
+        #: It has ended, nothing holds its pipes, and the supervisor has dropped it.
+        self.forgotten = False
+        #: Why the supervisor could not start it: an errno.
+        self.refused = 0
+        #: Clients that must miss nothing, and the offset up to which each has read.
+        self.readers: dict[object, int] = {}
+        #: The window that the supervisor was told last.
+        self.window = 0
+        self.release: asyncio.TimerHandle | None = None
+        self.stdin_fd = -1
+        self.stdin_lock = asyncio.Lock()
+
+    @property
+    def ring_path(self) -> Path:
+        """Its output."""
+        return self._directory / f"{self.record.number}.ring"
+
+    @property
+    def record_path(self) -> Path:
+        """Its record."""
+        return self._directory / f"{self.record.number}.json"
+
+    @property
+    def running(self) -> bool:
+        """It has not ended, as far as is known."""
+        ended = self.header is not None and self.header.state >= State.EXITED
+        return not self.lost and not self.refused and not ended
+
+    def save(self) -> None:
+        """Write the record."""
+        write_atomically(self.record_path, msgspec.json.encode(self.record), durable=False)
+
+    def notify(self) -> None:
+        """Wake all who wait for a change."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    def refresh(self) -> RingHeader | None:
+        """Read the ring's header again; None: its output was given up."""
+        if self.header is not None and self.header.state is State.DRAINED:
+            # Only background children add to it now, and how it ended is final.
+            return self.header
+        try:
+            ring = Ring.open(self.ring_path)
+        except FileNotFoundError:
+            return self.header
+        try:
+            self.header = ring.header()
+        except ProtocolError as error:
+            # A failing disk: what is not known is not made up.
+            logger.error(
+                "unreadable output", extra={"path": str(self.ring_path), "why": str(error)}
+            )
+        finally:
+            ring.close()
+        return self.header
+
+    def close_stdin(self) -> None:
+        """Close our end of its standard input."""
+        if self.stdin_fd >= 0:
+            os.close(self.stdin_fd)
+            self.stdin_fd = -1
+
+    def remove(self) -> None:
+        """Remove its files."""
+        self.ring_path.unlink(missing_ok=True)
+        self.record_path.unlink(missing_ok=True)
+
+    def exit(self) -> sandbox_pb2.ExecExit | None:
+        """Return how it ended, as the kernel said it; None: it runs, or its end is not known."""
+        header = self.header
+        if header is None or header.state < State.EXITED:
+            return None
+        reason = "" if header.reason is Reason.NONE else header.reason.name
+        if self.record.out_of_memory:
+            reason = "OUT_OF_MEMORY"
+        return sandbox_pb2.ExecExit(exit_code=header.exit_code, signal=header.signal, reason=reason)
+
+    def info(self) -> sandbox_pb2.ExecInfo:
+        """Return it as the API shows it."""
+        if self.running:
+            self.refresh()
+        info = sandbox_pb2.ExecInfo(
+            exec_id=self.record.exec_id,
+            argv=self.record.argv,
+            running=self.running,
+            exit=self.exit(),
+            sequence=self.header.sequence if self.header else 0,
+        )
+        info.start_time.FromNanoseconds(int(self.record.start_time_s * 1e9))
+        if self.header is not None and self.header.state >= State.EXITED:
+            info.end_time.FromNanoseconds(int(self.header.exit_s * 1e9))
+        return info
+
+
+def load_execs(directory: Path) -> list[Exec]:
+    """Return the execs whose records are in a directory, in order of their start."""
+    execs: list[Exec] = []
+    if not directory.is_dir():
+        return execs
+    for path in directory.glob("*.json"):
+        try:
+            record = msgspec.json.decode(path.read_bytes(), type=ExecRecord)
+        except (msgspec.MsgspecError, OSError):
+            continue
+        if record.version == VERSION:
+            execs.append(Exec(directory, record))
+    return sorted(execs, key=lambda each: each.record.number)

@@ -1,0 +1,462 @@
+"""The execs of one sandbox: started once, followed by any number of clients, never just lost."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent import limits
+from prism_agent.exec_record import Exec, ExecRecord, digest_of, load_execs
+from prism_agent.metrics import AgentMetrics
+from prism_agent.runtime.base import Running, Usage
+from prism_agent.supervisor import protocol
+from prism_agent.supervisor.client import SupervisorClient
+from prism_agent.supervisor.protocol import Event, Message, Reason, Request, State
+from prism_agent.supervisor.ring import Ring
+from prism_common.errors import (
+    NotFoundError,
+    QueueFullError,
+    RequestIdReusedError,
+    SandboxGoneError,
+    WrongStateError,
+)
+from prism_common.names import generate_id
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SIGKILL = 9
+
+
+class Execs:
+    """All execs of one sandbox, those of before a restart too.
+
+    Args:
+        directory: The sandbox's directory on the host; execs are kept below it.
+        spec: The sandbox's; its env is every exec's.
+        usage: Measures the sandbox.
+        metrics: Counts.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        spec: sandbox_pb2.SandboxSpec,
+        usage: Callable[[], Usage],
+        metrics: AgentMetrics,
+    ) -> None:
+        self.directory = directory / "execs"
+        self._spec = spec
+        self._usage = usage
+        self._metrics = metrics
+        self._client: SupervisorClient | None = None
+        self._execs: dict[str, Exec] = {}
+        self._numbers: dict[int, Exec] = {}
+        self._requests: dict[str, Exec] = {}
+        self._next_number = 1
+        #: Numbers that the supervisor has named since we connected.
+        self._known: set[int] = set()
+        self._known_changed = asyncio.Event()
+        #: The connection broke. The sandbox may have ended, or not: its process says which.
+        self.disconnected = asyncio.Event()
+        self._last_activity_s = time.time()
+        self._oom_kills_seen = 0
+        #: Set, and replaced, when any exec of the sandbox starts or changes: for logs.
+        self.changed = asyncio.Event()
+        for each in load_execs(self.directory):
+            self._add(each)
+            each.lost = False
+
+    def _add(self, each: Exec) -> None:
+        self._execs[each.record.exec_id] = each
+        self._numbers[each.record.number] = each
+        self._requests[each.record.request_id] = each
+        self._next_number = max(self._next_number, each.record.number + 1)
+
+    def _drop(self, each: Exec) -> None:
+        each.close_stdin()
+        self._execs.pop(each.record.exec_id, None)
+        self._numbers.pop(each.record.number, None)
+        self._requests.pop(each.record.request_id, None)
+        each.remove()
+
+    # ── the sandbox's life ──
+
+    async def connect(self, running: Running, since_s: float) -> None:
+        """Speak to the sandbox's supervisor, and take over the execs that it has.
+
+        Raises:
+            SandboxGoneError: It does not answer.
+        """
+        self._last_activity_s = since_s
+        self.disconnected.clear()
+        if running.control_socket is None:
+            return
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        self._known.clear()
+        client = SupervisorClient(self._on_event, self._on_lost)
+        hello = await client.connect(running.control_socket)
+        self._client = client
+        try:
+            async with asyncio.timeout(limits.SUPERVISOR_TIMEOUT_S):
+                while len(self._known) < hello.b:
+                    self._known_changed.clear()
+                    await self._known_changed.wait()
+        except TimeoutError:
+            raise SandboxGoneError("the sandbox's supervisor does not name its execs") from None
+        self._oom_kills_seen = self._usage().oom_kills
+        for each in list(self._numbers.values()):
+            self._take_over(each)
+
+    def _take_over(self, each: Exec) -> None:
+        """Settle an exec of before: it runs on, has ended, was lost, or was never started."""
+        header = each.refresh()
+        if header is not None and header.state >= State.EXITED:
+            self._last_activity_s = max(self._last_activity_s, header.exit_s)
+            self.settle(each)
+        elif each.record.number in self._known:
+            self._release_later(each)
+        elif header is None or header.state is State.NEW:
+            # The supervisor answers one agent at a time, so what it does not know now it never
+            # started: the same request id may run.
+            self._drop(each)
+        else:
+            each.lost = True
+
+    def _on_lost(self) -> None:
+        self._client = None
+        self.disconnected.set()
+        self._notify()
+
+    @property
+    def connected(self) -> bool:
+        """The supervisor can be spoken to."""
+        return self._client is not None
+
+    def detach(self) -> None:
+        """Stop speaking to the supervisor; the sandbox and its execs go on."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+        for each in self._execs.values():
+            each.close_stdin()
+            if each.release is not None:
+                each.release.cancel()
+                each.release = None
+
+    def lose(self) -> None:
+        """The sandbox's processes are gone: what had not ended has no exit status."""
+        self.detach()
+        for each in self._execs.values():
+            if not each.running:
+                continue
+            header = each.refresh()
+            if header is not None and header.state >= State.EXITED:
+                self.settle(each)
+            else:
+                each.lost = True
+                self._metrics.execs.labels("lost").inc()
+            each.notify()
+        self._notify()
+
+    def terminate(self) -> bool:
+        """Send SIGTERM to every process; False: there is nobody to ask."""
+        if self._client is None:
+            return False
+        try:
+            self._client.send(Message(Request.TERMINATE))
+        except SandboxGoneError:
+            return False
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """An exec runs, or a client follows one."""
+        return any(each.running or each.readers for each in self._execs.values())
+
+    def idle_s(self) -> float:
+        """Return for how long nothing has run in the sandbox."""
+        return 0.0 if self.busy else max(0.0, time.time() - self._last_activity_s)
+
+    def ran_out_of_memory(self) -> bool:
+        """The kernel killed a process for memory, and no exec's end explains it."""
+        return self._usage().oom_kills > self._oom_kills_seen
+
+    # ── events ──
+
+    def _notify(self) -> None:
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    def _on_event(self, message: Message) -> None:
+        each = self._numbers.get(message.exec_number)
+        if message.kind == Event.UPDATE:
+            self._known.add(message.exec_number)
+            self._known_changed.set()
+            if each is not None:
+                self._on_update(each, State(message.b & 0xFF), open_pipes=message.b >> 8)
+            elif message.b & 0xFF == State.DRAINED:
+                self._send(Message(Request.FORGET, message.exec_number))
+            self._notify()
+        elif message.kind == Event.ERROR and message.b == Request.EXEC and each is not None:
+            each.refused = message.a
+            each.notify()
+
+    def _on_update(self, each: Exec, state: State, open_pipes: int) -> None:
+        each.refresh()
+        if state >= State.EXITED:
+            self.settle(each)
+        if state is State.DRAINED and not open_pipes:
+            each.forgotten = True
+            self._send(Message(Request.FORGET, each.record.number))
+        each.notify()
+
+    def _send(self, message: Message) -> None:
+        """Send where a supervisor that is gone needs no answer: `lose` says it to everybody."""
+        if self._client is not None and self._client.connected:
+            try:
+                self._client.send(message)
+            except SandboxGoneError:
+                return
+
+    def settle(self, each: Exec) -> None:
+        """Decide once why an exec ended. The kernel says SIGKILL; the cgroup says for memory."""
+        header, record = each.header, each.record
+        if record.settled or header is None:
+            return
+        record.settled = True
+        killed = header.signal == _SIGKILL or header.exit_code == 128 + _SIGKILL
+        if killed and header.reason is Reason.NONE and not header.killed:
+            oom_kills = self._usage().oom_kills
+            record.out_of_memory = oom_kills > record.oom_kills
+            self._oom_kills_seen = max(self._oom_kills_seen, oom_kills)
+        self._last_activity_s = max(self._last_activity_s, header.exit_s)
+        each.close_stdin()
+        each.save()
+        self._metrics.execs.labels(_result(each)).inc()
+
+    # ── starting ──
+
+    def find_request(self, start: sandbox_pb2.ExecStart) -> Exec | None:
+        """Return the exec that this request has started already.
+
+        Raises:
+            RequestIdReusedError: It was another request that had this id.
+        """
+        known = self._requests.get(start.request_id)
+        if known is not None and known.record.digest != digest_of(start):
+            raise RequestIdReusedError(
+                "start.request_id: it was used in this sandbox to run something else",
+                field="start.request_id",
+            )
+        return known
+
+    async def start(self, start: sandbox_pb2.ExecStart) -> Exec:
+        """Run a command, or return the exec that the same request has started before.
+
+        Raises:
+            QueueFullError: The sandbox has no room for another process now.
+            SandboxGoneError: The sandbox ended.
+        """
+        each = self.find_request(start)
+        if each is None:
+            each = self._launch(start)
+        async with asyncio.timeout(limits.SUPERVISOR_TIMEOUT_S):
+            while each.header is None and not each.refused and not each.lost:
+                await each.changed.wait()
+        if each.refused:
+            error = os.strerror(each.refused)
+            self._drop(each)
+            raise QueueFullError(f"the sandbox cannot start a process: {error}", retry_after_s=1.0)
+        return each
+
+    def _launch(self, start: sandbox_pb2.ExecStart) -> Exec:
+        """Write the record, then have the supervisor run it. No await: one request, one run."""
+        if self._client is None:
+            raise SandboxGoneError("the sandbox ended")
+        if sum(each.running for each in self._execs.values()) >= limits.EXECS_RUNNING_MAX:
+            raise QueueFullError(
+                f"{limits.EXECS_RUNNING_MAX} execs run in this sandbox", retry_after_s=1.0
+            )
+        self._prune()
+        record = ExecRecord(
+            exec_id=generate_id("ex"),
+            number=self._next_number,
+            request_id=start.request_id or generate_id("rq"),
+            digest=digest_of(start),
+            argv=list(start.argv),
+            start_time_s=time.time(),
+            oom_kills=self._usage().oom_kills,
+            stdin=start.stdin,
+        )
+        each = Exec(self.directory, record)
+        self._add(each)
+        try:
+            self._hand_over(each, start)
+        except BaseException:
+            self._drop(each)
+            raise
+        return each
+
+    def _hand_over(self, each: Exec, start: sandbox_pb2.ExecStart) -> None:
+        env = {"PATH": _PATH, "HOME": "/workspace", "LANG": "C.UTF-8", **self._spec.env}
+        env.update(start.env)
+        spec = protocol.encode_spec(start.cwd or "/workspace", list(start.argv), env)
+        descriptors: list[int] = []
+        try:
+            descriptors.append(os.memfd_create("exec", os.MFD_CLOEXEC))
+            os.write(descriptors[0], spec)
+            ring = Ring.create(each.ring_path)
+            descriptors.append(ring.fileno())
+            if start.stdin:
+                read_end, write_end = os.pipe2(os.O_CLOEXEC)
+                descriptors += [read_end, write_end]
+                os.set_blocking(write_end, False)
+            each.save()
+            flags = (protocol.EXEC_STDIN if start.stdin else 0) | (
+                protocol.EXEC_OVERWRITE if start.detach else 0
+            )
+            each.window = protocol.OVERWRITE if start.detach else limits.RING_BYTES
+            timeout_ns = start.timeout.ToNanoseconds()
+            if self._client is None:
+                raise SandboxGoneError("the sandbox ended")
+            self._client.send(
+                Message(Request.EXEC, each.record.number, timeout_ns, flags), descriptors
+            )
+            if start.stdin:
+                each.stdin_fd = os.dup(descriptors[3])
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _prune(self) -> None:
+        """Give up the output of the oldest execs that have ended, then their request ids."""
+        ended = [each for each in self._execs.values() if not each.running and not each.readers]
+        kept_bytes = 0
+        for position, each in enumerate(reversed(ended)):
+            if position >= limits.REQUESTS_KEPT_MAX:
+                self._drop(each)
+                continue
+            try:
+                kept_bytes += each.ring_path.stat().st_blocks * 512
+            except FileNotFoundError:
+                # The younger ones are looked at first, so all older ones are gone too.
+                if len(ended) <= limits.REQUESTS_KEPT_MAX:
+                    break
+                continue
+            if position >= limits.EXECS_KEPT_MAX or kept_bytes > limits.EXECS_BYTES_MAX:
+                each.ring_path.unlink(missing_ok=True)
+
+    # ── for clients ──
+
+    def get(self, exec_id: str) -> Exec:
+        """Return an exec.
+
+        Raises:
+            NotFoundError: The sandbox has none of this id.
+        """
+        each = self._execs.get(exec_id)
+        if each is None:
+            raise NotFoundError(f"no exec {exec_id} in this sandbox", field="exec_id")
+        return each
+
+    def all(self) -> list[Exec]:
+        """Return all execs in order of their start."""
+        return list(self._execs.values())
+
+    def signal(self, each: Exec, number: int) -> None:
+        """Signal all processes of an exec.
+
+        Raises:
+            WrongStateError: It has ended.
+            SandboxGoneError: The sandbox ended.
+        """
+        if not each.running:
+            raise WrongStateError(f"exec {each.record.exec_id} has ended", reason="EXEC_ENDED")
+        if self._client is None:
+            raise SandboxGoneError("the sandbox ended")
+        self._client.send(Message(Request.SIGNAL, each.record.number, number))
+
+    async def write_stdin(self, each: Exec, data: bytes) -> None:
+        """Write to an exec's standard input, as fast as it reads. What it never reads is lost."""
+        async with each.stdin_lock:
+            if each.stdin_fd < 0 and each.running and each.record.stdin and self._client:
+                each.stdin_fd = await self._client.open_stdin(each.record.number)
+            view = memoryview(data)
+            while view and each.stdin_fd >= 0:
+                try:
+                    view = view[os.write(each.stdin_fd, view) :]
+                except BlockingIOError:
+                    await _writable(each)
+                except BrokenPipeError:
+                    return
+
+    async def close_stdin(self, each: Exec) -> None:
+        """End an exec's standard input after what was written."""
+        async with each.stdin_lock:
+            each.close_stdin()
+            self._send(Message(Request.CLOSE_STDIN, each.record.number))
+
+    def want_more(self, each: Exec, offset: int) -> None:
+        """Have `changed` of the exec set once it has output beyond an offset."""
+        if not each.forgotten and not each.lost:
+            self._send(Message(Request.WAIT, each.record.number, offset))
+
+    # ── windows ──
+
+    def hold(self, each: Exec, token: object, offset: int) -> None:
+        """A client has read up to `offset` and must miss nothing: bound the exec by it."""
+        each.readers[token] = offset
+        if each.release is not None:
+            each.release.cancel()
+            each.release = None
+        window = min(each.readers.values()) + limits.RING_BYTES
+        if each.window < 0 or window - each.window >= limits.RING_BYTES // 4:
+            each.window = window
+            self._send(Message(Request.WINDOW, each.record.number, window))
+
+    def let_go(self, each: Exec, token: object) -> None:
+        """A client is gone. After a while without any, old output gives way to new."""
+        each.readers.pop(token, None)
+        self._last_activity_s = max(self._last_activity_s, time.time())
+        if not each.readers:
+            self._release_later(each)
+
+    def _release_later(self, each: Exec) -> None:
+        if each.running and each.release is None:
+            loop = asyncio.get_running_loop()
+            each.release = loop.call_later(limits.ATTACH_GRACE_S, self._release, each)
+
+    def _release(self, each: Exec) -> None:
+        each.release = None
+        if not each.readers:
+            each.window = protocol.OVERWRITE
+            self._send(Message(Request.WINDOW, each.record.number, protocol.OVERWRITE))
+
+
+async def _writable(each: Exec) -> None:
+    """Return once the exec's standard input takes more, or is closed."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    # A descriptor of its own, since the exec's may be closed while we wait.
+    descriptor = os.dup(each.stdin_fd)
+    loop.add_writer(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(descriptor)
+        os.close(descriptor)
+
+
+def _result(each: Exec) -> str:
+    header = each.header
+    if header is None:
+        return "lost"
+    if each.record.out_of_memory:
+        return "out_of_memory"
+    if header.reason is Reason.TIMEOUT:
+        return "timeout"
+    if header.reason is not Reason.NONE:
+        return "not_started"
+    return "signaled" if header.signal else "exited"

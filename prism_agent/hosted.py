@@ -1,0 +1,80 @@
+"""One sandbox as the edge holds it: what runs, its deadlines, and what is said of it."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from prism.agent.v1 import agent_pb2
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent.execs import Execs
+from prism_agent.journal import Record
+from prism_agent.reconcile import Phase, Sandbox
+from prism_agent.runtime.base import Running
+
+_OBSERVED = {
+    Phase.QUEUED: agent_pb2.OBSERVED_STATE_STARTING,
+    Phase.STARTING: agent_pb2.OBSERVED_STATE_STARTING,
+    Phase.READY: agent_pb2.OBSERVED_STATE_READY,
+    Phase.STOPPING: agent_pb2.OBSERVED_STATE_STOPPING,
+    Phase.STOPPED: agent_pb2.OBSERVED_STATE_STOPPED,
+    Phase.FAILED: agent_pb2.OBSERVED_STATE_FAILED,
+    # There is no word for it: it goes on being what it was until nothing is left.
+    Phase.DELETING: agent_pb2.OBSERVED_STATE_STOPPING,
+    Phase.DELETED: agent_pb2.OBSERVED_STATE_DELETED,
+}
+
+
+def report_of(sandbox: Sandbox, phase_time_s: float) -> agent_pb2.SandboxReport:
+    """Return what the leader is to know of a sandbox."""
+    report = agent_pb2.SandboxReport(
+        sandbox_id=sandbox.sandbox_id,
+        generation=sandbox.generation,
+        state=_OBSERVED[sandbox.phase],
+        reason=sandbox.reason,
+        message=sandbox.message,
+        runtime=sandbox.runtime,
+        start_count=max(0, sandbox.start_count),
+    )
+    report.time.FromNanoseconds(int(phase_time_s * 1e9))
+    return report
+
+
+@dataclass(slots=True)
+class Hosted:
+    """What the edge holds of one sandbox beside the reconciler's view."""
+
+    record: Record
+    spec: sandbox_pb2.SandboxSpec
+    execs: Execs
+    running: Running | None = None
+    #: Waits for the end of `running`, and for its deadlines.
+    watch: asyncio.Task[None] | None = None
+    alarm: asyncio.TimerHandle | None = None
+    #: Loop time at which a stop under way turns into a kill.
+    kill_at_s: float = 0.0
+    hurried: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def idle_timeout_s(self) -> float:
+        """Time without an exec after which it goes; 0: none."""
+        return self.spec.idle_timeout.ToNanoseconds() / 1e9
+
+    def deadline_in_s(self, now_s: float) -> float | None:
+        """Return the time until it may have to go; None: it has no deadline."""
+        if self.record.phase in (Phase.DELETING, Phase.DELETED):
+            return None
+        delays = []
+        if self.record.expire_time_s:
+            delays.append(self.record.expire_time_s - now_s)
+        if self.idle_timeout_s and self.running is not None:
+            delays.append(self.idle_timeout_s - self.execs.idle_s())
+        return min(delays, default=None)
+
+    def expiry(self, now_s: float) -> tuple[str, str] | None:
+        """Return the reason why it goes now, as a code and in words; None: it does not."""
+        if self.record.expire_time_s and now_s >= self.record.expire_time_s:
+            return "TTL_EXPIRED", "its time to live has passed"
+        idle = self.running is not None and self.execs.idle_s() >= self.idle_timeout_s
+        if self.idle_timeout_s and idle:
+            return "IDLE_TIMEOUT", f"nothing was run in it for {self.idle_timeout_s:g} s"
+        return None

@@ -1,0 +1,1 @@
+"""Runtimes: one file a backend, behind the Protocol in `base.py`."""

@@ -1,0 +1,138 @@
+"""What every runtime does. The agent knows no more of a backend than this."""
+
+import asyncio
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent.journal import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a sandbox uses now, and what has happened to it."""
+
+    memory_bytes: int = 0
+    processes: int = 0
+    #: Processes that the kernel has killed because the sandbox's memory was used up.
+    oom_kills: int = 0
+
+
+class Process:
+    """One process of the host, told from a later one with its pid by its start time.
+
+    Raises:
+        ProcessLookupError: There is no such process any more.
+    """
+
+    def __init__(self, pid: int, start_ticks: int = 0) -> None:
+        self.pid = pid
+        self._pidfd = os.pidfd_open(pid)
+        try:
+            self.start_ticks = process_start_ticks(pid)
+            if start_ticks not in (0, self.start_ticks):
+                raise ProcessLookupError(pid)
+        except BaseException:
+            os.close(self._pidfd)
+            raise
+
+    async def wait(self) -> None:
+        """Return once it has ended; it need not be our child."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        descriptor = os.dup(self._pidfd)
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Forget it; it goes on."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def process_start_ticks(pid: int) -> int:
+    """Return when a process started, in clock ticks since boot."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        raise ProcessLookupError(pid) from None
+    # The name in parentheses may hold anything; the fields after the last one are numbers.
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+@dataclass(slots=True)
+class Running:
+    """A sandbox that accepts execs. `process` is None where nothing really runs."""
+
+    process: Process | None = None
+    control_socket: Path | None = None
+
+    async def wait(self) -> None:
+        """Return once its PID 1 has ended."""
+        if self.process is None:
+            await asyncio.Event().wait()
+        else:
+            await self.process.wait()
+
+    def close(self) -> None:
+        """Forget it; it goes on."""
+        if self.process is not None:
+            self.process.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Whether a runtime works here: a sandbox was really started with it."""
+
+    ready: bool
+    message: str = ""
+    version: str = ""
+
+
+class StartError(Exception):
+    """A sandbox could not be started; the text says why, for people."""
+
+
+class Runtime(Protocol):
+    """One way to isolate. All calls are idempotent, and know a sandbox by its journal record."""
+
+    name: str
+
+    async def probe(self) -> Probe:
+        """Start one sandbox, run something in it, remove it."""
+
+    async def start(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> Running:
+        """Make it, or start it again with its files; fills in what runs, and journals it.
+
+        Raises:
+            StartError: Nothing of it runs.
+        """
+
+    def explain(self, record: Record) -> str:
+        """Return what was said when it was started last; empty: nothing."""
+
+    async def adopt(self, record: Record) -> Running | None:
+        """Find it again after a restart of the agent; None: it does not run."""
+
+    async def kill(self, record: Record) -> None:
+        """Kill every process of it, and return once none is left."""
+
+    async def delete(self, record: Record) -> None:
+        """Remove its mounts, cgroups and files except for the record; kills it first."""
+
+    def usage(self, record: Record) -> Usage:
+        """Measure it now."""
+
+    async def sweep(self, keep: set[str]) -> list[str]:
+        """Remove what belongs to no sandbox in `keep`; return what was found, in words."""
+
+    async def close(self) -> None:
+        """Remove what the runtime itself has made and nobody uses."""

@@ -1,0 +1,82 @@
+"""Which runtimes work here: each is tried by really starting a sandbox with it."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+from prism.node.v1 import node_pb2
+
+from prism_agent.cgroups import Cgroups
+from prism_agent.data_directory import DataDirectory
+from prism_agent.journal import Journal
+from prism_agent.runtime.base import Probe, Runtime
+from prism_agent.runtime.bubblewrap import BubblewrapRuntime
+from prism_agent.runtime.fake import FakeRuntime
+from prism_common.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How the runtimes were found."""
+
+    #: Those that were asked for and work, best first: what is started is started with these.
+    working: dict[str, Runtime]
+    #: Every one: what an earlier process has started can be ended with these.
+    known: dict[str, Runtime]
+    statuses: list[node_pb2.RuntimeStatus]
+
+
+def known_runtimes(
+    data: DataDirectory, journal: Journal, cgroups: Cgroups | None
+) -> dict[str, Runtime]:
+    """Return every runtime that there is, untried."""
+    runtimes: list[Runtime] = [BubblewrapRuntime(data, journal, cgroups), FakeRuntime()]
+    return {runtime.name: runtime for runtime in runtimes}
+
+
+async def probe(
+    asked: str, data: DataDirectory, journal: Journal, cgroups: Cgroups | None
+) -> Found:
+    """Try the runtime that was asked for, or all that isolate.
+
+    Raises:
+        StartupError: None works. An agent that cannot isolate does not run anything.
+    """
+    known = known_runtimes(data, journal, cgroups)
+    # Never one that does not isolate, unless it was asked for by name.
+    candidates = [known["bubblewrap"] if asked == "auto" else known[asked]]
+    working: dict[str, Runtime] = {}
+    statuses: list[node_pb2.RuntimeStatus] = []
+    for runtime in candidates:
+        result = await _try(runtime)
+        statuses.append(
+            node_pb2.RuntimeStatus(
+                name=runtime.name,
+                ready=result.ready,
+                message=result.message,
+                version=result.version,
+            )
+        )
+        if result.ready:
+            working[runtime.name] = runtime
+        logger.info(
+            "probed",
+            extra={"runtime": runtime.name, "ready": result.ready, "why": result.message},
+        )
+    if not working:
+        why = "; ".join(f"{each.name}: {each.message}" for each in statuses)
+        raise StartupError(f"--runtime={asked}: nothing here can isolate a sandbox: {why}")
+    return Found(working, known, statuses)
+
+
+async def _try(runtime: Runtime) -> Probe:
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await runtime.probe()
+    except TimeoutError:
+        return Probe(ready=False, message=f"it did not answer within {_TIMEOUT_S:g} s")

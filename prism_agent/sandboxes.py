@@ -1,0 +1,515 @@
+"""The edge of the reconciler: performs its actions, and tells it what came of them."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import assert_never
+
+from prism.agent.v1 import agent_pb2
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent import limits
+from prism_agent.execs import Execs
+from prism_agent.hosted import Hosted, report_of
+from prism_agent.journal import Journal, Record, boot_id, record_of
+from prism_agent.metrics import AgentMetrics
+from prism_agent.reconcile import (
+    Action,
+    Assignment,
+    Delete,
+    Forget,
+    Hurry,
+    Phase,
+    Reconciler,
+    Report,
+    Sandbox,
+    Start,
+    Stop,
+    Update,
+)
+from prism_agent.reports import ReportQueue
+from prism_agent.runtime.base import Running, Runtime, StartError, Usage
+from prism_common.errors import NotFoundError, SandboxGoneError, WrongStateError
+
+logger = logging.getLogger(__name__)
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the first exception of a group of groups."""
+    inner = group.exceptions[0]
+    return first_of(inner) if isinstance(inner, BaseExceptionGroup) else inner
+
+
+class _ClosedError(Exception):
+    """Ends the task group of `run`, with all that is under way."""
+
+
+class Sandboxes:
+    """All sandboxes of this node.
+
+    Args:
+        journal: Where records are kept.
+        working: The runtimes that work here by name, best first.
+        known: Every runtime, to end what an earlier process has started.
+        reconciler: Decides.
+        reports: Gets what the leader is to be told.
+        metrics: Counts.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        working: Mapping[str, Runtime],
+        known: Mapping[str, Runtime],
+        reconciler: Reconciler,
+        reports: ReportQueue,
+        metrics: AgentMetrics,
+    ) -> None:
+        self._journal = journal
+        self._working = working
+        self._runtimes = known
+        self.reconciler = reconciler
+        self._reports = reports
+        self._metrics = metrics
+        self._hosted: dict[str, Hosted] = {}
+        self._group: asyncio.TaskGroup | None = None
+        self._stop = asyncio.Event()
+        self._changed = asyncio.Event()
+        #: What the journal knew is in the reconciler: a session may begin.
+        self.started = asyncio.Event()
+        metrics_of = metrics.sandboxes.labels
+        for phase in Phase:
+            metrics_of(phase.value).set_function(self._counter(phase))
+
+    def _counter(self, phase: Phase) -> Callable[[], float]:
+        return lambda: sum(each.phase is phase for each in list(self.reconciler.sandboxes.values()))
+
+    # ── life ──
+
+    async def adopt(self) -> None:
+        """Take over what the journal knows, and remove what nobody knows. Before `run`."""
+        records, strays = self._journal.load()
+        for runtime in self._runtimes.values():
+            for found in await runtime.sweep(set(records)):
+                logger.warning("removed a leftover", extra={"leftover": found})
+        for name in strays:
+            logger.warning("removed a leftover", extra={"leftover": f"directory {name}"})
+            await asyncio.to_thread(self._journal.remove, name)
+        for record in records.values():
+            await self._adopt(record)
+
+    async def _adopt(self, record: Record) -> None:
+        self._check_boot(record)
+        hosted = self._host(record)
+        runtime = self._runtimes.get(record.runtime)
+        if runtime is not None and record.phase in (Phase.READY, Phase.STOPPING, Phase.DELETING):
+            hosted.running = await runtime.adopt(record)
+        if hosted.running is not None:
+            try:
+                await hosted.execs.connect(hosted.running, record.phase_time_s)
+            except (OSError, SandboxGoneError):
+                hosted.running.close()
+                hosted.running = None
+        if hosted.running is None and runtime is not None and record.phase is not Phase.DELETED:
+            await runtime.kill(record)
+            record.pid = 0
+        if hosted.running is None:
+            hosted.execs.lose()
+        logger.info(
+            "adopted",
+            extra={
+                "sandbox": record.sandbox_id,
+                "phase": record.phase.value,
+                "alive": hosted.running is not None,
+            },
+        )
+
+    def _check_boot(self, record: Record) -> None:
+        """After a reboot nothing runs, and what was mounted is gone: that is not made up for."""
+        if record.boot_id in ("", boot_id()):
+            return
+        record.pid = 0
+        if record.phase in (Phase.STARTING, Phase.READY, Phase.STOPPING, Phase.STOPPED):
+            record.phase, record.phase_time_s = Phase.FAILED, time.time()
+            record.reason = "NODE_REBOOTED"
+            record.message = "its node was rebooted; its processes and files are gone"
+
+    async def run(self) -> None:
+        """Perform actions until `close`; the sandboxes go on after it."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                for hosted in list(self._hosted.values()):
+                    self._resume(hosted)
+                self.started.set()
+                await self._stop.wait()
+                # What is under way is in the journal, and the next process goes on with it.
+                raise _ClosedError
+        except* _ClosedError:
+            pass
+        finally:
+            self._group = None
+            for hosted in self._hosted.values():
+                self._unwatch(hosted)
+                hosted.execs.detach()
+                if hosted.running is not None:
+                    hosted.running.close()
+
+    def _resume(self, hosted: Hosted) -> None:
+        alive = hosted.running is not None
+        sandbox = hosted.record.to_sandbox()
+        if alive:
+            self._watch(hosted)
+        self.perform(self.reconciler.adopt(sandbox, alive))
+        self._arm(hosted)
+        self.tell(sandbox.sandbox_id)
+
+    def close(self) -> None:
+        """End `run`: timers and watches stop, sandboxes do not."""
+        self._stop.set()
+
+    async def delete_all(self, timeout_s: float) -> bool:
+        """Remove every sandbox; False: something was left when the time was up."""
+        self.perform(self.reconciler.assign(self.reconciler.term, (), complete=True))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(
+                    each.phase is not Phase.DELETED for each in self.reconciler.sandboxes.values()
+                ):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        for sandbox_id in list(self.reconciler.sandboxes):
+            self._journal.remove(sandbox_id)
+        return True
+
+    # ── from the session ──
+
+    def assign(self, term: int, assignments: Iterable[Assignment], complete: bool) -> None:
+        """Obey the leader."""
+        self.perform(self.reconciler.assign(term, assignments, complete))
+
+    def acknowledge(self, sequence: int) -> None:
+        """The leader has committed a batch of reports."""
+        for report in self._reports.acknowledge(sequence):
+            sandbox = self.reconciler.sandboxes.get(report.sandbox_id)
+            if (
+                sandbox is not None
+                and report.state == agent_pb2.OBSERVED_STATE_DELETED
+                and report.generation == sandbox.generation
+            ):
+                self.perform(self.reconciler.acknowledged(report.sandbox_id))
+
+    def lease_expired(self) -> None:
+        """Fence: stop what may run elsewhere by now."""
+        self.perform(self.reconciler.lease_expired())
+
+    def _report_of(self, sandbox: Sandbox) -> agent_pb2.SandboxReport:
+        hosted = self._hosted.get(sandbox.sandbox_id)
+        return report_of(sandbox, hosted.record.phase_time_s if hosted else time.time())
+
+    def reports(self) -> list[agent_pb2.SandboxReport]:
+        """Return a report of every sandbox, for a registration."""
+        return [self._report_of(each) for each in self.reconciler.sandboxes.values()]
+
+    # ── for the node's API ──
+
+    def execs(self, sandbox_id: str, running: bool = True) -> Execs:
+        """Return the execs of a sandbox.
+
+        Raises:
+            NotFoundError: It is not on this node.
+            WrongStateError: It is not READY, and `running` was asked for; or it runs nothing.
+        """
+        sandbox = self.reconciler.sandboxes.get(sandbox_id)
+        hosted = self._hosted.get(sandbox_id)
+        if sandbox is None or sandbox.phase is Phase.DELETED:
+            raise NotFoundError(f"sandbox {sandbox_id} is not on this node", field="sandbox")
+        if hosted is None or (running and sandbox.phase is not Phase.READY):
+            raise WrongStateError(
+                f"sandbox {sandbox_id} is {sandbox.phase.value}, not ready"
+                + (f": {sandbox.message}" if sandbox.message else "")
+            )
+        if sandbox.runtime == "fake":
+            raise WrongStateError(
+                f"sandbox {sandbox_id} is of the runtime fake, which runs nothing",
+                reason="RUNTIME_FAKE",
+            )
+        return hosted.execs
+
+    def live(self) -> list[tuple[Sandbox, sandbox_pb2.SandboxSpec]]:
+        """Return the sandboxes that hold resources of this node."""
+        return [
+            (sandbox, self._hosted[sandbox_id].spec)
+            for sandbox_id, sandbox in self.reconciler.sandboxes.items()
+            if sandbox_id in self._hosted
+            and sandbox.phase not in (Phase.DELETED, Phase.FAILED, Phase.QUEUED)
+        ]
+
+    # ── actions ──
+
+    def perform(self, actions: Iterable[Action]) -> None:
+        """Begin each action; its outcome comes back to the reconciler."""
+        for action in actions:
+            match action:
+                case Start():
+                    self._spawn(self._start(action.sandbox_id))
+                case Stop():
+                    self._spawn(self._end(action.sandbox_id, action.grace_s, delete=False))
+                case Delete():
+                    self._spawn(self._end(action.sandbox_id, action.grace_s, delete=True))
+                case Hurry():
+                    self._hurry(action)
+                case Update():
+                    self._save(action.sandbox_id)
+                    self._arm(self._hosted[action.sandbox_id])
+                case Report():
+                    hosted = self._save(action.sandbox_id)
+                    if hosted is not None:
+                        self._arm(hosted)
+                    self.tell(action.sandbox_id)
+                case Forget():
+                    self._forget(action.sandbox_id)
+                case _:
+                    assert_never(action)
+        self._changed.set()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        if self._group is None:
+            # The process is stopping: the journal has it, and the next one goes on.
+            work.close()
+            return
+        self._group.create_task(work)
+
+    def tell(self, sandbox_id: str) -> None:
+        """Have the leader told how a sandbox is."""
+        sandbox = self.reconciler.sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            self._reports.put(self._report_of(sandbox))
+
+    def _host(self, record: Record) -> Hosted:
+        spec = sandbox_pb2.SandboxSpec.FromString(record.spec)
+        directory = self._journal.directory(record.sandbox_id)
+        execs = Execs(directory, spec, lambda: self._usage(record), self._metrics)
+        hosted = Hosted(record, spec, execs)
+        self._hosted[record.sandbox_id] = hosted
+        return hosted
+
+    def _usage(self, record: Record) -> Usage:
+        runtime = self._runtimes.get(record.runtime)
+        return runtime.usage(record) if runtime else Usage()
+
+    def _save(self, sandbox_id: str) -> Hosted | None:
+        """Bring the journal up to the reconciler; what is only queued is not written yet."""
+        sandbox = self.reconciler.sandboxes.get(sandbox_id)
+        if sandbox is None or (sandbox.phase is Phase.QUEUED and sandbox_id not in self._hosted):
+            return None
+        hosted = self._hosted.get(sandbox_id)
+        if hosted is None:
+            if sandbox.phase is Phase.DELETED:
+                return None
+            hosted = self._host(record_of(sandbox))
+        record = hosted.record
+        if record.phase is not sandbox.phase or not record.phase_time_s:
+            record.phase_time_s = time.time()
+        record.take(sandbox)
+        self._journal.save(record)
+        return hosted
+
+    async def _start(self, sandbox_id: str) -> None:
+        began_s = time.perf_counter()
+        sandbox = self.reconciler.sandboxes[sandbox_id]
+        old = self._hosted.get(sandbox_id)
+        if old is not None and old.record.generation != sandbox.generation:
+            del self._hosted[sandbox_id]
+        hosted = self._save(sandbox_id)
+        if hosted is None:
+            return
+        failure: BaseException | None = None
+        try:
+            runtime = self._choose(hosted)
+            hosted.record.runtime = runtime.name
+            running = await runtime.start(hosted.record, hosted.spec)
+            hosted.running = running
+            await hosted.execs.connect(running, time.time())
+        except* (StartError, OSError, SandboxGoneError) as group:
+            failure = first_of(group)
+        if failure is not None:
+            await self._start_failed(hosted, failure)
+            return
+        self._metrics.start.labels(runtime.name).observe(time.perf_counter() - began_s)
+        actions = self.reconciler.started(sandbox_id, runtime.name)
+        self._save(sandbox_id)
+        self._watch(hosted)
+        self.perform(actions)
+
+    def _choose(self, hosted: Hosted) -> Runtime:
+        asked = hosted.record.runtime or hosted.spec.runtime
+        if asked:
+            if asked not in self._working:
+                raise StartError(f"runtime {asked} does not work on this node")
+            return self._working[asked]
+        return next(iter(self._working.values()))
+
+    async def _start_failed(self, hosted: Hosted, error: BaseException) -> None:
+        sandbox_id = hosted.record.sandbox_id
+        logger.warning("start failed", extra={"sandbox": sandbox_id, "error": str(error)})
+        runtime = self._runtimes.get(hosted.record.runtime)
+        message = str(error)
+        if runtime is not None:
+            await runtime.kill(hosted.record)
+            if isinstance(error, SandboxGoneError):
+                message = f"{message}: {runtime.explain(hosted.record)}"
+        if hosted.running is not None:
+            hosted.running.close()
+            hosted.running = None
+        hosted.record.pid = 0
+        self.perform(self.reconciler.start_failed(sandbox_id, "START_FAILED", message))
+
+    def _watch(self, hosted: Hosted) -> None:
+        if self._group is not None and hosted.running is not None:
+            hosted.watch = self._group.create_task(self._watch_running(hosted, hosted.running))
+
+    def _unwatch(self, hosted: Hosted) -> None:
+        if hosted.watch is not None:
+            hosted.watch.cancel()
+            hosted.watch = None
+        if hosted.alarm is not None:
+            hosted.alarm.cancel()
+            hosted.alarm = None
+
+    async def _watch_running(self, hosted: Hosted, running: Running) -> None:
+        """Notice that a sandbox ends without being asked to."""
+        record = hosted.record
+        await self._stay_connected(hosted, running)
+        out_of_memory = hosted.execs.ran_out_of_memory()
+        hosted.execs.lose()
+        runtime = self._runtimes[record.runtime]
+        await runtime.kill(record)
+        running.close()
+        hosted.running, hosted.watch, record.pid = None, None, 0
+        reason, message = "SUPERVISOR_DIED", "the sandbox's first process ended"
+        if out_of_memory:
+            reason, message = "OUT_OF_MEMORY", "the sandbox used up its memory"
+        self.perform(self.reconciler.died(record.sandbox_id, reason, message))
+
+    async def _stay_connected(self, hosted: Hosted, running: Running) -> None:
+        """Return once the sandbox has ended; until then keep speaking to its supervisor."""
+        async with asyncio.TaskGroup() as group:
+            ended = group.create_task(running.wait())
+            while not ended.done():
+                broken = group.create_task(hosted.execs.disconnected.wait())
+                await asyncio.wait({ended, broken}, return_when=asyncio.FIRST_COMPLETED)
+                broken.cancel()
+                if not ended.done():
+                    await self._reconnect(hosted, running)
+
+    async def _reconnect(self, hosted: Hosted, running: Running) -> None:
+        try:
+            await hosted.execs.connect(running, time.time())
+        except (OSError, SandboxGoneError):
+            # It ends just now, most likely; else it is asked again.
+            await asyncio.sleep(limits.RECONNECT_S)
+
+    # ── ends ──
+
+    def _hurry(self, action: Hurry) -> None:
+        hosted = self._hosted.get(action.sandbox_id)
+        if hosted is not None:
+            deadline = asyncio.get_running_loop().time() + action.grace_s
+            hosted.kill_at_s = min(hosted.kill_at_s, deadline)
+            hosted.hurried.set()
+
+    async def _end(self, sandbox_id: str, grace_s: float, delete: bool) -> None:
+        """Stop or delete. What cannot be removed now is tried again, and never called removed."""
+        hosted = self._save(sandbox_id)
+        if hosted is None:
+            return
+        self._unwatch(hosted)
+        if not delete:
+            self.tell(sandbox_id)
+        runtime = self._runtimes.get(hosted.record.runtime)
+        while True:
+            try:
+                await self._terminate(hosted, grace_s)
+                if runtime is not None:
+                    await runtime.kill(hosted.record)
+                    hosted.record.pid = 0
+                    if delete:
+                        await runtime.delete(hosted.record)
+                break
+            except OSError as error:
+                logger.warning(
+                    "cannot end a sandbox yet",
+                    extra={"sandbox": sandbox_id, "error": str(error)},
+                )
+                await asyncio.sleep(limits.DELETE_RETRY_S)
+        if delete:
+            self._finish_delete(hosted)
+        else:
+            self.perform(self.reconciler.stopped(sandbox_id))
+
+    def _finish_delete(self, hosted: Hosted) -> None:
+        sandbox_id = hosted.record.sandbox_id
+        actions = self.reconciler.deleted(sandbox_id)
+        sandbox = self.reconciler.sandboxes.get(sandbox_id)
+        if sandbox is None or sandbox.phase is not Phase.DELETED:
+            # A successor takes its place, with a record of its own.
+            del self._hosted[sandbox_id]
+            self._journal.remove(sandbox_id)
+        hosted.execs.detach()
+        self.perform(actions)
+
+    async def _terminate(self, hosted: Hosted, grace_s: float) -> None:
+        """SIGTERM to all; return when all have ended or the grace period is over."""
+        running = hosted.running
+        if running is None:
+            return
+        loop = asyncio.get_running_loop()
+        hosted.kill_at_s = loop.time() + grace_s
+        hosted.hurried.clear()
+        if running.process is not None and grace_s > 0 and hosted.execs.terminate():
+            async with asyncio.TaskGroup() as group:
+                ended = group.create_task(running.wait())
+                while not ended.done() and loop.time() < hosted.kill_at_s:
+                    hurried = group.create_task(hosted.hurried.wait())
+                    await asyncio.wait(
+                        {ended, hurried},
+                        timeout=hosted.kill_at_s - loop.time(),
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    hosted.hurried.clear()
+                    hurried.cancel()
+                ended.cancel()
+        hosted.execs.lose()
+        running.close()
+        hosted.running = None
+
+    def _forget(self, sandbox_id: str) -> None:
+        self._hosted.pop(sandbox_id, None)
+        self._journal.remove(sandbox_id)
+
+    # ── deadlines ──
+
+    def _arm(self, hosted: Hosted) -> None:
+        """Set the timer for the nearer of TTL and idle timeout."""
+        if hosted.alarm is not None:
+            hosted.alarm.cancel()
+            hosted.alarm = None
+        delay_s = hosted.deadline_in_s(time.time())
+        if delay_s is not None and self._group is not None:
+            # At least a moment, so that a clock that is behind its timer does not make a loop; at
+            # most a minute, so that a clock that is set is noticed.
+            delay_s = min(max(delay_s, 0.001), 60.0)
+            hosted.alarm = asyncio.get_running_loop().call_later(
+                delay_s, self._check_deadlines, hosted
+            )
+
+    def _check_deadlines(self, hosted: Hosted) -> None:
+        expiry = hosted.expiry(time.time())
+        if expiry is None:
+            self._arm(hosted)
+        else:
+            self.perform(self.reconciler.expired(hosted.record.sandbox_id, *expiry))

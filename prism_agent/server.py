@@ -1,0 +1,194 @@
+"""Builds an agent from its settings, runs it, and ends it."""
+
+import asyncio
+import logging
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from prism.agent.v1 import agent_pb2, agent_pb2_grpc
+from prism.node.v1 import node_pb2, node_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from prism_agent import cgroups, resources
+from prism_agent.data_directory import DataDirectory
+from prism_agent.health import Health
+from prism_agent.journal import Journal
+from prism_agent.metrics import AgentMetrics
+from prism_agent.reconcile import Reconciler
+from prism_agent.reports import ReportQueue
+from prism_agent.resources import CapacityFlags, Resources
+from prism_agent.runtime import probe
+from prism_agent.sandboxes import Sandboxes
+from prism_agent.service import AgentService, NodeService
+from prism_agent.session import NodeIdentity, Session
+from prism_common.addresses import Address, require_loopback
+from prism_common.metrics_server import MetricsServer
+from prism_common.server import CallMetrics, RpcServer
+
+logger = logging.getLogger(__name__)
+
+#: Calls under way at a shutdown have this time; their execs go on without them.
+_DRAIN_S: Final = 1.0
+#: With --on-exit=delete, what cannot be removed in this time is left to the next start.
+_DELETE_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the flags say."""
+
+    name: str
+    data_dir: Path
+    listen: Address
+    metrics: Address
+    advertise: str
+    control: list[str]
+    runtime: str
+    labels: dict[str, str]
+    insecure: bool
+    starts_max: int
+    on_exit: Literal["keep", "delete"]
+    capacity: CapacityFlags = field(default_factory=CapacityFlags)
+
+
+class Agent:
+    """One agent: built by `run`, ended by SIGTERM or `stop`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stop = asyncio.Event()
+        self._failure = ""
+        self.listening: Address | None = None
+        self.session: Session | None = None
+
+    def stop(self) -> None:
+        """End; what happens to the sandboxes is `on_exit`'s to say."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until asked to stop.
+
+        Raises:
+            StartupError: It cannot serve; one line says why.
+        """
+        settings = self._settings
+        for address, flag in ((settings.listen, "--listen"), (settings.metrics, "--metrics")):
+            require_loopback(address, flag, settings.insecure)
+        if settings.insecure:
+            logger.warning("--insecure: whoever reaches this port can run code in sandboxes")
+        data = DataDirectory(settings.data_dir)
+        try:
+            await self._run(data)
+        finally:
+            data.close()
+
+    async def _run(self, data: DataDirectory) -> None:
+        settings = self._settings
+        registry = CollectorRegistry()
+        server = RpcServer(settings.listen, "--listen", CallMetrics(registry))
+        # A port that is taken is said before anything else is done.
+        self.listening = server.bind()
+        try:
+            pages = MetricsServer(settings.metrics, "--metrics", registry, self._ready)
+            try:
+                await self._build(data, registry, server, pages)
+            finally:
+                pages.stop()
+        finally:
+            await server.stop(0)
+
+    async def _build(
+        self,
+        data: DataDirectory,
+        registry: CollectorRegistry,
+        server: RpcServer,
+        pages: MetricsServer,
+    ) -> None:
+        """Put the parts together, and serve."""
+        settings = self._settings
+        node_id = data.state.node_id
+        groups, cgroup_problem = cgroups.find_on_this_machine(node_id)
+        journal = Journal(data.sandboxes)
+        found = await probe.probe(settings.runtime, data, journal, groups)
+        metrics = AgentMetrics(registry)
+        reports = ReportQueue()
+        reconciler = Reconciler(settings.starts_max, data.state.term)
+        sandboxes = Sandboxes(journal, found.working, found.known, reconciler, reports, metrics)
+        offered = resources.capacity(settings.capacity, settings.data_dir)
+        measured = Resources(
+            node_id, settings.name, settings.data_dir, offered, found.statuses, sandboxes
+        )
+        if settings.control:
+            self.session = Session(
+                settings.control, data, sandboxes, reports, measured.load, metrics
+            )
+        limited_by = groups.description if groups else ""
+        health = Health(
+            node_id, settings.data_dir, found.statuses, (limited_by, cgroup_problem), self.session
+        )
+        server.add(agent_pb2_grpc.add_AgentServiceServicer_to_server, AgentService(sandboxes))
+        server.add(node_pb2_grpc.add_NodeServiceServicer_to_server, NodeService(measured, health))
+        await sandboxes.adopt()
+        identity = NodeIdentity(
+            name=settings.name,
+            address=settings.advertise or str(self.listening),
+            capacity=offered,
+            runtimes=found.statuses,
+            labels=settings.labels,
+        )
+        await self._serve(server, pages, sandboxes, identity)
+        for runtime in found.known.values():
+            await runtime.close()
+        if groups is not None:
+            groups.close()
+
+    async def _serve(
+        self,
+        server: RpcServer,
+        pages: MetricsServer,
+        sandboxes: Sandboxes,
+        identity: NodeIdentity,
+    ) -> None:
+        services = (
+            agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name,
+            node_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name,
+        )
+        await server.start(services)
+        pages.start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        settings = self._settings
+        logger.info(
+            "serving",
+            extra={
+                "node": settings.name,
+                "listen": str(self.listening),
+                "metrics": str(pages.address),
+                "runtimes": ",".join(each.name for each in identity.runtimes if each.ready),
+            },
+        )
+        async with asyncio.TaskGroup() as group:
+            group.create_task(sandboxes.run())
+            await sandboxes.started.wait()
+            await server.set_serving(True)
+            held = None
+            if self.session is not None:
+                held = group.create_task(self.session.run(identity))
+            await self._stop.wait()
+            logger.info("stopping", extra={"sandboxes": settings.on_exit})
+            if held is not None:
+                held.cancel()
+            await server.stop(_DRAIN_S)
+            if settings.on_exit == "delete" and not await sandboxes.delete_all(_DELETE_S):
+                logger.warning("some sandboxes could not be removed yet")
+            sandboxes.close()
+
+    def _ready(self) -> tuple[bool, str]:
+        if self._stop.is_set():
+            return False, "stopping"
+        if self.session is not None and not self.session.connected_to:
+            return False, f"no control session: {self.session.last_error}"
+        return True, "ok"

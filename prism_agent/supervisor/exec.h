@@ -1,0 +1,63 @@
+/* Execs, and what the parts of the supervisor share of them. */
+#ifndef PRISM_EXEC_H
+#define PRISM_EXEC_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/resource.h>
+#include <sys/types.h>
+#include <time.h>
+
+#include "protocol.h"
+
+struct pipe_end {
+    int fd;          /* -1: closed */
+    bool watched;    /* in the epoll set */
+    int64_t pending; /* bytes that were in it when the process ended */
+};
+
+struct exec {
+    bool used;
+    uint64_t number;
+    pid_t pid; /* 0 once it has ended; also the number of its session */
+    int ring;
+    int stdin_write;
+    int failure; /* read end: what kept the program from being executed */
+    struct pipe_end pipes[2];
+    struct ring_header header;
+    uint64_t allocated;  /* bytes of the ring that surely have room on disk */
+    int64_t window;      /* may write up to here; -1: may overwrite */
+    int64_t wait_offset; /* tell when there is output beyond it; -1: nobody asks */
+    bool tell;           /* an UPDATE is due */
+    bool full;           /* the disk was full: try again soon */
+    uint64_t deadline_ns; /* monotonic; 0: none */
+};
+
+/* What an event of epoll is about: the upper half of its data. */
+enum { KEY_LISTEN = 1, KEY_CONNECTION, KEY_SIGNAL, KEY_PIPE };
+
+extern struct exec execs[EXECS_MAX];
+extern rlim_t open_files_max, processes_max;
+extern bool terminating;
+
+/* supervisor.c */
+uint64_t now_ns(clockid_t clock);
+void close_fd(int *fd);
+bool watch(int fd, uint32_t key, uint32_t index, uint32_t events);
+void unwatch(int fd);
+
+/* output.c */
+void write_header(struct exec *exec);
+void set_watched(struct exec *exec, int stream, bool watched);
+bool take_output(struct exec *exec, int stream);
+void resume_output(struct exec *exec);
+void check_drained(struct exec *exec);
+void close_pipe(struct pipe_end *pipe);
+
+/* start.c */
+struct exec *find_exec(uint64_t number);
+void forget(struct exec *exec);
+int start_exec(const struct message *request, int *fds, int fd_count);
+
+#endif

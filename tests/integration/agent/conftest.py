@@ -1,0 +1,66 @@
+"""Fixtures: a control plane, an agent process, a READY sandbox."""
+
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from prism.agent.v1 import agent_pb2
+
+from prism_agent.runtime.bubblewrap import SUPERVISOR
+from tests.integration.agent.gateway import Gateway
+from tests.integration.agent.process import AgentProcess
+
+
+def why_no_sandboxes() -> str:
+    """Return why sandboxes cannot be run here; empty: they can."""
+    if shutil.which("bwrap") is None:
+        return "bwrap is not installed"
+    if not os.access(SUPERVISOR, os.X_OK):
+        return "the supervisor is not built: pip install -e ."
+    return ""
+
+
+@pytest.fixture
+def needs_sandboxes() -> None:
+    if reason := why_no_sandboxes():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Gateway]:
+    gateway = Gateway()
+    await gateway.start()
+    yield gateway
+    await gateway.stop()
+
+
+@pytest.fixture
+async def agent(
+    needs_sandboxes: None, gateway: Gateway, tmp_path: Path
+) -> AsyncIterator[AgentProcess]:
+    """A real agent with the bubblewrap runtime; at the end it removes its sandboxes."""
+    process = AgentProcess(tmp_path / "data", gateway.address, "--on-exit=delete")
+    await process.start()
+    yield process
+    await process.end()
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.fixture
+async def fake_agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
+    process = AgentProcess(tmp_path / "data", gateway.address, "--runtime=fake")
+    await process.start()
+    yield process
+    await process.end()
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.fixture
+async def sandbox(gateway: Gateway, agent: AgentProcess) -> str:
+    """A READY sandbox with the default limits."""
+    await gateway.wait_registrations(1)
+    gateway.assign("sb-1")
+    await gateway.wait_for("sb-1", agent_pb2.OBSERVED_STATE_READY)
+    return "sb-1"

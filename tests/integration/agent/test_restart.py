@@ -1,0 +1,174 @@
+"""The agent dies and comes back; its sandboxes go on, with their execs and all their output."""
+
+import asyncio
+import os
+import signal
+
+import grpc
+import grpc.aio
+import pytest
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent import cgroups
+from prism_agent.data_directory import DataDirectory
+from prism_agent.runtime import host
+from tests.integration.agent.gateway import Gateway
+from tests.integration.agent.process import AgentProcess
+from tests.integration.agent.test_life import DELETED, FAILED, READY, until, until_no_traces
+
+
+async def kill_and_restart(agent: AgentProcess, gateway: Gateway) -> None:
+    count = len(gateway.registrations)
+    assert await agent.end(signal.SIGKILL) == -signal.SIGKILL
+    await agent.start()
+    await gateway.wait_registrations(count + 1)
+
+
+async def test_running_exec_survives_kill_of_the_agent(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    script = "for i in $(seq 1 2000); do echo line $i; done; read x; echo $x; seq 1 50000; exit 9"
+    call = agent.open(sandbox, ["sh", "-c", script], stdin=True, request_id="once")
+    so_far = await call.until(b"line 2000\n")
+    await kill_and_restart(agent, gateway)
+    registered = {each.sandbox_id: each.state for each in gateway.registrations[-1].sandboxes}
+    assert registered == {sandbox: READY}
+    attached = agent.attach(sandbox, so_far.exec_id, after_sequence=so_far.sequences[-1])
+    await attached.send_attach(stdin=b"hello\n")
+    result = await attached.result()
+    expected = b"hello\n" + b"".join(b"%d\n" % i for i in range(1, 50001))
+    assert result.stdout == expected
+    assert result.exit == sandbox_pb2.ExecExit(exit_code=9)
+    whole = await agent.attach(sandbox, so_far.exec_id).result()
+    assert whole.stdout == so_far.stdout + expected
+    repeated = await agent.run(sandbox, ["sh", "-c", script], stdin=b"", request_id="once")
+    assert repeated.exec_id == so_far.exec_id
+
+
+async def test_exec_that_ends_while_the_agent_is_away(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    call = agent.open(sandbox, ["sh", "-c", "echo up; read x < /workspace/go; echo $x; exit 3"])
+    await agent.run(sandbox, ["mkfifo", "/workspace/go"])
+    so_far = await call.until(b"")
+    started = await agent.run(sandbox, ["sh", "-c", "sleep 0.3; echo late; exit 6"], detach=True)
+    await agent.end(signal.SIGKILL)
+    supervisors = [pid for pid, tag in host.supervised("") if tag.endswith(f"/{sandbox}")]
+    assert supervisors
+    await until(lambda: "sleep" not in process_names(agent, sandbox))
+    await agent.start()
+    await gateway.wait_registrations(2)
+    result = await agent.attach(sandbox, started.exec_id).result()
+    assert (result.stdout, result.code) == (b"late\n", 6)
+    del so_far
+
+
+def process_names(agent: AgentProcess, sandbox_id: str) -> list[str]:
+    data = (agent.data_dir / "node").read_text()
+    node_id = data.split('"node_id":"')[1].split('"')[0]
+    groups, _ = cgroups.find_on_this_machine(node_id)
+    if groups is None:
+        pytest.skip("no cgroups here")
+    names = []
+    for pid in groups.pids(sandbox_id):
+        try:
+            with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+                names.append(file.read().strip())
+        except OSError:
+            continue
+    return names
+
+
+async def test_clean_shutdown_keeps_sandboxes(
+    gateway: Gateway, agent: AgentProcess, sandbox: str
+) -> None:
+    await agent.end(signal.SIGKILL)
+    keeper = AgentProcess(agent.data_dir, gateway.address)
+    await keeper.start()
+    await gateway.wait_registrations(2)
+    assert await keeper.end(signal.SIGTERM) == 0
+    assert [tag for _, tag in host.supervised("") if tag.endswith(f"/{sandbox}")]
+    await agent.start()
+    await gateway.wait_registrations(3)
+    assert (await agent.run(sandbox, ["echo", "on"])).stdout == b"on\n"
+
+
+async def test_death_while_the_agent_is_away_is_reported(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    started = await agent.run(sandbox, ["sleep", "1000"], detach=True)
+    await agent.end(signal.SIGKILL)
+    for pid, tag in host.supervised(""):
+        if tag.endswith(f"/{sandbox}"):
+            os.kill(pid, signal.SIGKILL)
+    await agent.start()
+    report = await gateway.wait_for(sandbox, FAILED)
+    assert report.reason == "PROCESS_LOST"
+    info = await agent.stub.GetExec(
+        sandbox_pb2.GetExecRequest(sandbox=sandbox, exec_id=started.exec_id)
+    )
+    assert not info.running
+    assert not info.HasField("exit")
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await agent.attach(sandbox, started.exec_id).result()
+    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+async def test_expired_while_the_agent_is_away(agent: AgentProcess, gateway: Gateway) -> None:
+    await gateway.wait_registrations(1)
+    gateway.assign("sb-ttl", ttl_s=1.5)
+    await gateway.wait_for("sb-ttl", READY)
+    await agent.end(signal.SIGKILL)
+    await asyncio.sleep(1.5)
+    await agent.start()
+    report = await gateway.wait_for("sb-ttl", DELETED)
+    assert report.reason == "TTL_EXPIRED"
+    await until_no_traces(agent, "sb-ttl")
+
+
+async def test_leftovers_are_swept_at_the_start(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    await agent.end(signal.SIGKILL)
+    (agent.data_dir / "sandboxes" / sandbox / "record").unlink()
+    data = DataDirectory(agent.data_dir)
+    groups, _ = cgroups.find_on_this_machine(data.state.node_id)
+    data.close()
+    if groups is not None:
+        groups.create("sb-stray", cgroups.CgroupLimits(2**24, 8, 100))
+    gateway.assignments.clear()
+    await agent.start()
+    await until_no_traces(agent, sandbox)
+    await until_no_traces(agent, "sb-stray")
+    assert "removed a leftover" in agent.log.read_text()
+
+
+async def test_second_agent_on_the_directory_is_refused(
+    agent: AgentProcess, gateway: Gateway
+) -> None:
+    second = AgentProcess(agent.data_dir, gateway.address)
+    with pytest.raises(AssertionError, match="is in use by another prism-agent"):
+        await second.start()
+    assert await second.end() == 1
+
+
+async def test_leader_is_followed(agent: AgentProcess, gateway: Gateway) -> None:
+    await gateway.wait_registrations(1)
+    other = Gateway()
+    other.term = 2
+    await other.start()
+    gateway.leader = other.address
+    await agent.end()
+    await agent.start()
+    await other.wait_registrations(1)
+    other.assign("sb-2")
+    await other.wait_for("sb-2", READY)
+    # A leader of an older term is not obeyed again.
+    await other.stop()
+    gateway.leader = None
+    before = len(gateway.registrations)
+    await gateway.wait_registrations(before + 1)
+    assert gateway.registrations[-1].term == 2
+    assert (await agent.run("sb-2", ["echo", "on"])).stdout == b"on\n"
+    gateway.term = 3
+    await gateway.wait_for("sb-2", DELETED)

@@ -1,0 +1,98 @@
+"""Cgroups on trees of plain files: what is written where, for both versions."""
+
+from pathlib import Path
+
+import pytest
+
+from prism_agent import cgroups
+from prism_agent.cgroups import CgroupLimits, CgroupMounts, CgroupsV1, CgroupsV2, read_mounts
+
+LIMITS = CgroupLimits(memory_bytes=64 << 20, processes_max=10, cpu_millicores=500)
+
+V1 = """25 20 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw
+30 25 0:26 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+31 25 0:27 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct
+32 25 0:28 / /sys/fs/cgroup/pids rw,relatime - cgroup cgroup rw,pids
+33 25 0:29 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+"""
+
+
+def test_mounts_of_version_1_and_2_are_told_apart() -> None:
+    mounts = read_mounts(V1, "9:memory:/x\n0::/user.slice\n")
+    assert mounts.v1 == {
+        "memory": Path("/sys/fs/cgroup/memory"),
+        "cpu": Path("/sys/fs/cgroup/cpu,cpuacct"),
+        "pids": Path("/sys/fs/cgroup/pids"),
+    }
+    assert mounts.v2 == Path("/sys/fs/cgroup/unified")
+    assert mounts.own_v2 == "/user.slice"
+
+
+def tree_v2(root: Path, controllers: str = "cpuset cpu io memory pids") -> CgroupMounts:
+    """A fake of the unified mount: files where the kernel would have them."""
+    for path in (root, root / "prism", root / "prism" / "node"):
+        path.mkdir(exist_ok=True)
+        (path / "cgroup.subtree_control").write_text("")
+        (path / "cgroup.controllers").write_text(controllers)
+    return CgroupMounts({}, root)
+
+
+def test_version_2_writes_every_limit(tmp_path: Path) -> None:
+    groups, problem = cgroups.find(tree_v2(tmp_path), "node")
+    assert problem == ""
+    assert isinstance(groups, CgroupsV2)
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+    group = tmp_path / "prism" / "node" / "sb"
+    group.mkdir()
+    (group / "memory.swap.max").write_text("max")
+    groups.create("sb", LIMITS)
+    written = {path.name: path.read_text() for path in group.iterdir()}
+    assert written == {
+        "memory.max": str(64 << 20),
+        "memory.swap.max": "0",
+        "pids.max": "12",
+        "cpu.max": "50000 100000",
+    }
+
+
+def test_version_2_reads_usage(tmp_path: Path) -> None:
+    groups, _ = cgroups.find(tree_v2(tmp_path), "node")
+    assert groups is not None
+    group = tmp_path / "prism" / "node" / "sb"
+    group.mkdir()
+    (group / "memory.current").write_text("4096\n")
+    (group / "pids.current").write_text("3\n")
+    (group / "memory.events").write_text("low 0\nhigh 0\nmax 7\noom 2\noom_kill 1\n")
+    assert groups.usage("sb") == cgroups.CgroupUsage(4096, 3, 1)
+    assert groups.usage("none") == cgroups.CgroupUsage()
+    assert groups.names() == {"sb"}
+    assert list(groups.procs_files("sb")) == [group / "cgroup.procs"]
+
+
+def test_version_2_without_the_controllers_is_not_taken(tmp_path: Path) -> None:
+    groups, problem = cgroups.find(tree_v2(tmp_path, "cpuset io"), "node")
+    assert groups is None
+    assert "no memory controller" in problem
+
+
+def test_version_1_writes_every_limit(tmp_path: Path) -> None:
+    mounts = {name: tmp_path / name for name in cgroups.CONTROLLERS}
+    groups = CgroupsV1(mounts, "node")
+    (tmp_path / "memory/prism/node/sb").mkdir(parents=True)
+    groups.create("sb", LIMITS)
+    assert (tmp_path / "memory/prism/node/sb/memory.limit_in_bytes").read_text() == str(64 << 20)
+    assert (tmp_path / "pids/prism/node/sb/pids.max").read_text() == "12"
+    assert (tmp_path / "cpu/prism/node/sb/cpu.cfs_quota_us").read_text() == "50000"
+    (tmp_path / "memory/prism/node/sb/memory.oom_control").write_text("under_oom 0\noom_kill 4\n")
+    assert groups.usage("sb").oom_kills == 4
+
+
+def test_nothing_usable_says_what_is_missing(tmp_path: Path) -> None:
+    groups, problem = cgroups.find(CgroupMounts({}, None), "node")
+    assert groups is None
+    assert "run as root" in problem
+
+
+@pytest.mark.parametrize("line", ["", "garbage", "1 2 3 4", "1 2 3 4 / rw - cgroup"])
+def test_malformed_mountinfo_is_skipped(line: str) -> None:
+    assert read_mounts(line, "") == CgroupMounts({}, None)

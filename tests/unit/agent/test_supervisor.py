@@ -1,0 +1,231 @@
+"""The supervisor by its protocol: PID 1 of a namespace, with this test as its agent."""
+
+import asyncio
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from prism_agent.runtime import host
+from prism_agent.runtime.bubblewrap import SUPERVISOR
+from prism_agent.supervisor import protocol
+from prism_agent.supervisor.client import SupervisorClient
+from prism_agent.supervisor.protocol import Event, Message, Request, RingHeader, State
+from prism_agent.supervisor.ring import Ring
+
+RING_BYTES = 256 * 1024
+
+
+class Supervised:
+    """One supervisor, and the execs that a test starts in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.tag = f"test-{os.getpid()}/{directory.name}"
+        self.socket_path = directory / "control"
+        self.events: list[Message] = []
+        self.changed = asyncio.Event()
+        self.rings: dict[int, Ring] = {}
+        self.client = SupervisorClient(self._on_event, lambda: None)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(self.socket_path))
+        listener.listen(4)
+        argv = ["bwrap", "--unshare-pid", "--unshare-net", "--as-pid-1", "--dev-bind", "/", "/",
+                "--proc", "/proc", "--", str(SUPERVISOR), "supervise", str(listener.fileno()),
+                "256", "0", self.tag]  # fmt: skip
+        self.process = subprocess.Popen(argv, pass_fds=[listener.fileno()])
+        listener.close()
+
+    def _on_event(self, message: Message) -> None:
+        self.events.append(message)
+        self.changed.set()
+
+    def start(self, number: int, argv: list[str], flags: int = 0, timeout_ns: int = 0) -> Ring:
+        ring = Ring.create(self.directory / f"{number}.ring", RING_BYTES)
+        self.rings[number] = ring
+        spec = os.memfd_create("spec")
+        os.write(spec, protocol.encode_spec("/", argv, {"PATH": "/usr/bin:/bin"}))
+        message = Message(Request.EXEC, number, timeout_ns, flags)
+        self.client.send(message, [spec, ring.fileno()])
+        os.close(spec)
+        return ring
+
+    async def wait(self, number: int, state: State) -> RingHeader:
+        async with asyncio.timeout(20):
+            while (header := self.rings[number].header()).state < state:
+                self.changed.clear()
+                await self.changed.wait()
+        return header
+
+    async def run(self, number: int, argv: list[str]) -> tuple[RingHeader, bytes]:
+        ring = self.start(number, argv)
+        header = await self.wait(number, State.DRAINED)
+        return header, output_of(ring)
+
+    async def error(self) -> Message:
+        async with asyncio.timeout(20):
+            while not any(each.kind == Event.ERROR for each in self.events):
+                self.changed.clear()
+                await self.changed.wait()
+        return next(each for each in self.events if each.kind == Event.ERROR)
+
+
+def output_of(ring: Ring, offset: int = 0) -> bytes:
+    data = b""
+    while True:
+        outputs, offset = ring.read(offset)
+        if not outputs:
+            return data
+        data += b"".join(each.data for each in outputs)
+
+
+@pytest.fixture
+async def supervised(tmp_path: Path) -> AsyncIterator[Supervised]:
+    if shutil.which("bwrap") is None or not os.access(SUPERVISOR, os.X_OK):
+        pytest.skip("needs bwrap and the built supervisor")
+    one = Supervised(tmp_path)
+    await one.client.connect(one.socket_path)
+    yield one
+    one.client.close()
+    for ring in one.rings.values():
+        ring.close()
+    host.kill_supervised(one.tag, exact=True)
+    one.process.wait()
+
+
+async def test_exit_status_and_output(supervised: Supervised) -> None:
+    header, output = await supervised.run(1, ["sh", "-c", "echo hi; exit 7"])
+    assert (header.exit_code, header.signal, output) == (7, 0, b"hi\n")
+
+
+async def test_does_not_run_as_another_process_than_pid_1() -> None:
+    argv = [SUPERVISOR, "supervise", "0", "1", "0", "x"]
+    done = await asyncio.to_thread(subprocess.run, argv, check=False)
+    assert done.returncode == 2
+
+
+async def test_orphans_of_double_forks_are_reaped(supervised: Supervised) -> None:
+    script = "for i in $(seq 200); do (sh -c 'exit 3' &) ; done; sleep 0.3"
+    await supervised.run(1, ["sh", "-c", script])
+    counting = "cat /proc/[0-9]*/stat | awk '$3 == \"Z\"' | wc -l"
+    async with asyncio.timeout(10):
+        number = 2
+        while (await supervised.run(number, ["sh", "-c", counting]))[1] != b"0\n":
+            number += 1
+
+
+async def test_flood_stops_at_the_window_and_goes_on(supervised: Supervised) -> None:
+    ring = supervised.start(1, ["head", "-c", "1000000", "/dev/zero"])
+    previous, number = -1, 100
+    async with asyncio.timeout(20):
+        while (head := ring.header().head) != previous or head < RING_BYTES // 2:
+            previous = head
+            number += 1
+            await supervised.run(number, ["sleep", "0.05"])
+    assert ring.header().state is State.RUNNING
+    assert head <= RING_BYTES
+    offset, received = 0, 0
+    async with asyncio.timeout(20):
+        while True:
+            outputs, offset = ring.read(offset)
+            received += sum(len(each.data) for each in outputs)
+            supervised.client.send(Message(Request.WINDOW, 1, offset + RING_BYTES))
+            if not outputs:
+                if ring.header().state is State.DRAINED:
+                    break
+                supervised.changed.clear()
+                supervised.client.send(Message(Request.WAIT, 1, offset))
+                await supervised.changed.wait()
+    assert received == 1_000_000
+
+
+async def test_overwriting_keeps_the_newest_whole_records(supervised: Supervised) -> None:
+    ring = supervised.start(1, ["seq", "1", "200000"], flags=protocol.EXEC_OVERWRITE)
+    header = await supervised.wait(1, State.DRAINED)
+    assert header.tail > 0
+    assert header.head - header.tail <= RING_BYTES
+    everything = b"".join(b"%d\n" % i for i in range(1, 200_001))
+    assert header.sequence == len(everything)
+    kept = output_of(ring)
+    assert len(kept) > RING_BYTES // 2
+    assert everything.endswith(kept)
+
+
+async def test_a_new_connection_takes_over(supervised: Supervised) -> None:
+    supervised.start(5, ["sh", "-c", "sleep 0.2; echo late; exit 4"])
+    await supervised.wait(5, State.RUNNING)
+    supervised.client.close()
+    second = SupervisorClient(supervised._on_event, lambda: None)
+    supervised.events.clear()
+    hello = await second.connect(supervised.socket_path)
+    assert hello.b == 1
+    supervised.client = second
+    header = await supervised.wait(5, State.DRAINED)
+    assert header.exit_code == 4
+    assert output_of(supervised.rings[5]) == b"late\n"
+
+
+async def test_exec_numbers_run_once(supervised: Supervised) -> None:
+    await supervised.run(1, ["true"])
+    spec = os.memfd_create("spec")
+    os.write(spec, protocol.encode_spec("/", ["true"], {}))
+    supervised.client.send(Message(Request.EXEC, 1), [spec, supervised.rings[1].fileno()])
+    os.close(spec)
+    assert (await supervised.error()).a == 17  # EEXIST
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_malformed_packets_do_not_end_it(supervised: Supervised, seed: int) -> None:
+    rng = random.Random(seed)
+    supervised.client.close()
+    for _ in range(200):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+            raw.connect(str(supervised.socket_path))
+            kind = rng.randrange(5)
+            if kind == 0:
+                packet = rng.randbytes(rng.randrange(1, 200))
+            else:
+                numbers = (rng.choice([0, 1, 2, 5, 8, 99]), rng.getrandbits(64))
+                signed = [rng.randrange(-(2**63), 2**63) for _ in range(2)]
+                packet = struct.pack("=IIQqq", protocol.MAGIC, *numbers, *signed)
+            descriptors = []
+            if kind == 2:
+                count = rng.randrange(1, 7)
+                descriptors = [os.open("/dev/null", os.O_RDONLY) for _ in range(count)]
+            elif kind == 3:
+                spec = os.memfd_create("spec")
+                os.write(spec, struct.pack("=IIII", protocol.MAGIC, *(rng.getrandbits(32),) * 3))
+                os.write(spec, rng.randbytes(100))
+                ring = os.memfd_create("ring")
+                os.ftruncate(ring, rng.choice([0, 100, 4096, 4096 + RING_BYTES]))
+                descriptors = [spec, ring]
+                packet = Message(Request.EXEC, rng.getrandbits(8), 0, 0).encode()
+            socket.send_fds(raw, [packet], descriptors)
+            for descriptor in descriptors:
+                os.close(descriptor)
+    assert supervised.process.poll() is None
+    supervised.client = SupervisorClient(supervised._on_event, lambda: None)
+    await supervised.client.connect(supervised.socket_path)
+    header, output = await supervised.run(777, ["echo", "alive"])
+    assert (header.exit_code, output) == (0, b"alive\n")
+
+
+async def test_terminate_ends_it_with_the_last_process(supervised: Supervised) -> None:
+    script = "trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.02; done"
+    ring = supervised.start(1, ["sh", "-c", script])
+    async with asyncio.timeout(10):
+        while b"up" not in output_of(ring):
+            supervised.client.send(Message(Request.WAIT, 1, ring.header().head))
+            supervised.changed.clear()
+            await supervised.changed.wait()
+    supervised.client.send(Message(Request.TERMINATE))
+    assert await asyncio.to_thread(supervised.process.wait, 20) == 0
+    header = ring.header()
+    assert header.exit_code == 5
+    assert output_of(ring).endswith(b"bye\n")
