@@ -146,7 +146,12 @@ def _on_exit(text: str) -> Literal["keep", "delete"]:
 )
 @click.option("--label", multiple=True, metavar="K=V", help="Label of this node; repeatable.")
 @click.option("--slots", type=int, default=None, help="Sandboxes at once.  [default: measured]")
-@click.option("--cpu", default="", metavar="N", help="Processor time to offer, as 4 or 500m.")
+@click.option(
+    "--cpu",
+    default="",
+    metavar="N",
+    help="Processor time to offer, as 4 or 500m.  [default: 8 for each core]",
+)
 @click.option("--memory", default="", metavar="SIZE", help="Memory to offer, as 8Gi.")
 @click.option("--disk", default="", metavar="SIZE", help="Disk to offer, as 50Gi.")
 @click.option(

@@ -21,9 +21,12 @@ class CapacityFlags:
     slots: int | None = None
 
 
-#: Left to the agent, the control plane and the system when nothing is said.
+#: The rest is left to the agent, the control plane and the system when nothing is said.
 _MEMORY_SHARE = 0.8
 _DISK_SHARE = 0.8
+#: Processor time is lent and taken back, unlike memory, and a sandbox mostly waits for its user: so
+#: much is offered for each core that is there. A sandbox's own limit still holds.
+_CPU_OVERCOMMIT = 8
 
 
 def capacity(flags: CapacityFlags, data_dir: Path) -> node_pb2.ResourceAmounts:
@@ -33,9 +36,9 @@ def capacity(flags: CapacityFlags, data_dir: Path) -> node_pb2.ResourceAmounts:
     # A sandbox of the smallest size is the least that a slot can be.
     slots = flags.slots or max(1, min(memory_bytes // limits.MEMORY_BYTES_MIN, 4096))
     return node_pb2.ResourceAmounts(
-        cpu_millicores=flags.cpu_millicores or total.cpu_millicores,
+        cpu_millicores=flags.cpu_millicores or total.cpu_millicores * _CPU_OVERCOMMIT,
         memory_bytes=memory_bytes,
-        disk_bytes=flags.disk_bytes or int(total.disk_bytes * _DISK_SHARE),
+        disk_bytes=flags.disk_bytes or int(psutil.disk_usage(str(data_dir)).free * _DISK_SHARE),
         slots=slots,
     )
 

@@ -46,12 +46,13 @@ class Mutant:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Have the bug within this context."""
-        original = self.owner.__dict__[self.name]
-        setattr(self.owner, self.name, self.make(original))
+        owner = next(base for base in self.owner.__mro__ if self.name in base.__dict__)
+        original = owner.__dict__[self.name]
+        setattr(owner, self.name, self.make(original))
         try:
             yield
         finally:
-            setattr(self.owner, self.name, original)
+            setattr(owner, self.name, original)
 
 
 def _acknowledge_before_persist(original: Any) -> Callable[..., Any]:
