@@ -111,12 +111,16 @@ class Client:
         """
         deadline = Deadline(self.timeout_s if timeout_s is None else timeout_s)
         backoff = Backoff()
+        answered: RemoteError | None = None
         while True:
             stubs = self.connect(deadline)
             try:
                 return aside(partial(method(stubs), request, timeout=deadline.left_s))
             except grpc.RpcError as error:
                 failure = self.failure(error)
+            if failure.code == "DEADLINE_EXCEEDED" and answered is not None:
+                raise answered  # what the server said before says more than that time is up
+            answered = failure
             wait_s = retry_wait_s(failure, backoff)
             if wait_s is None or wait_s >= deadline.left_s:
                 raise failure

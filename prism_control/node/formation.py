@@ -117,6 +117,27 @@ class FormationEdge:
         finally:
             await pool.close()
 
+    async def check_cluster(self, cluster_id: str) -> None:
+        """Refuse to start with the data directory of another cluster than the peers'.
+
+        Peers that do not answer now are not waited for: the whole cluster may be starting.
+
+        Raises:
+            StartupError: A member that --join names belongs to another cluster.
+        """
+        pool = channels.ChannelPool()
+        try:
+            peers = await self._ask_all(pool)
+        finally:
+            await pool.close()
+        for peer in peers:
+            if peer.cluster_id not in ("", cluster_id) and peer.member.id != self._me.id:
+                raise StartupError(
+                    f"--data-dir: belongs to cluster {cluster_id}, but {peer.member.name} at "
+                    f"{peer.member.raft_address}, which --join names, to {peer.cluster_id}: give "
+                    "this node the directory that it had in that cluster"
+                )
+
     async def _turn(self, pool: channels.ChannelPool) -> bool:
         decision = formation.decide(self._me, self._expected, await self._ask_all(pool))
         match decision:

@@ -204,6 +204,8 @@ class ControlNode:
         settings, formation = self._settings, self._formation
         identity = store.identity
         if identity is not None and identity.cluster_id:
+            if settings.join and formation is not None:
+                await formation.check_cluster(identity.cluster_id)
             if settings.bootstrap or settings.join:
                 logger.info("belongs to cluster %s; --bootstrap and --join are not needed any more",
                             identity.cluster_id)  # fmt: skip

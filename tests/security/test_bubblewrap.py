@@ -8,7 +8,6 @@ import psutil
 import pytest
 from prism.agent.v1 import agent_pb2
 
-from prism_agent.runtime import host
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
 
@@ -165,20 +164,20 @@ async def test_processes_run_as_a_user_of_their_own_on_the_host(
         pytest.skip("needs root: otherwise all sandboxes have the agent's user")
     gateway.assign("sb-other")
     await gateway.wait_for("sb-other", agent_pb2.OBSERVED_STATE_READY)
-    uids: dict[str, set[str]] = {}
-    for pid, tag in host.supervised(""):
-        if tag.endswith((f"/{sandbox}", "/sb-other")):
-            uids.setdefault(tag, set()).update(str(each) for each in psutil.Process(pid).uids())
+    uids = {
+        name: {uid for pid in agent.supervised(name) for uid in psutil.Process(pid).uids()}
+        for name in (sandbox, "sb-other")
+    }
     assert len(uids) == 2
     owners = [owner for each in uids.values() for owner in each]
     assert len(owners) == len(set(owners)) == 2
-    assert "0" not in owners
+    assert 0 not in owners
 
 
 async def test_double_forked_daemon_dies_with_its_sandbox(
     agent: AgentProcess, gateway: Gateway, sandbox: str
 ) -> None:
-    marker = "1234567.5"
+    marker = f"1234567.{os.getpid()}"
     await agent.run(sandbox, ["sh", "-c", f"(setsid sh -c 'sleep {marker} &') ; exit 0"])
 
     def survivors() -> int:

@@ -1,6 +1,7 @@
 """A real prism-agent, as a process of its own."""
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from prism.agent.v1 import agent_pb2_grpc
 from prism.node.v1 import node_pb2_grpc
 from prism.sandbox.v1 import sandbox_pb2
 
+from prism_agent.runtime import host
 from prism_common.channels import open_channel
 
 _ROOT = Path(__file__).parents[3]
@@ -98,6 +100,16 @@ class AgentProcess:
                 if self._process.returncode is not None:
                     raise AssertionError(f"the agent did not start: {text}")
                 await asyncio.sleep(0.01)
+
+    @property
+    def node_id(self) -> str:
+        """The node's id: another agent of this machine may have a sandbox of the same id."""
+        return str(json.loads((self.data_dir / "node").read_text())["node_id"])
+
+    def supervised(self, sandbox_id: str) -> list[int]:
+        """Return a sandbox's supervisor and the bwrap around it."""
+        tag = f"{self.node_id}/{sandbox_id}"
+        return [pid for pid, its in host.supervised(tag) if its == tag]
 
     @property
     def pid(self) -> int:

@@ -26,10 +26,11 @@ FAILED = agent_pb2.OBSERVED_STATE_FAILED
 
 def traces(agent: AgentProcess, sandbox_id: str) -> list[str]:
     """Return what the machine still has of a sandbox."""
-    found = [f"process {pid}" for pid, tag in host.supervised("") if tag.endswith(sandbox_id)]
+    found = [f"process {pid}" for pid in agent.supervised(sandbox_id)]
     found += [f"mount {path}" for path in host.mounts_below(agent.data_dir / "sandboxes")]
     for directory, names, _ in os.walk("/sys/fs/cgroup"):
-        found += [f"cgroup {directory}/{name}" for name in names if name == sandbox_id]
+        if directory.endswith(f"/prism/{agent.node_id}"):
+            found += [f"cgroup {directory}/{name}" for name in names if name == sandbox_id]
     if (agent.data_dir / "sandboxes" / sandbox_id).exists():
         found.append("directory")
     return found
@@ -203,9 +204,8 @@ async def test_death_of_the_supervisor_is_failed(
 ) -> None:
     call = agent.open(sandbox, ["sh", "-c", "echo up; exec sleep 1000"])
     await call.until(b"up\n")
-    for pid, tag in host.supervised(""):
-        if tag.endswith(f"/{sandbox}"):
-            os.kill(pid, 9)
+    for pid in agent.supervised(sandbox):
+        os.kill(pid, 9)
     report = await gateway.wait_for(sandbox, FAILED)
     assert report.reason == "SUPERVISOR_DIED"
     with pytest.raises(grpc.aio.AioRpcError) as failure:

@@ -10,8 +10,6 @@ import pytest
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups
-from prism_agent.data_directory import DataDirectory
-from prism_agent.runtime import host
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
 from tests.integration.agent.test_life import DELETED, FAILED, READY, until, until_no_traces
@@ -53,8 +51,7 @@ async def test_exec_that_ends_while_the_agent_is_away(
     so_far = await call.until(b"")
     started = await agent.run(sandbox, ["sh", "-c", "sleep 0.3; echo late; exit 6"], detach=True)
     await agent.end(signal.SIGKILL)
-    supervisors = [pid for pid, tag in host.supervised("") if tag.endswith(f"/{sandbox}")]
-    assert supervisors
+    assert agent.supervised(sandbox)
     await until(lambda: "sleep" not in process_names(agent, sandbox))
     await agent.start()
     await gateway.wait_registrations(2)
@@ -64,9 +61,7 @@ async def test_exec_that_ends_while_the_agent_is_away(
 
 
 def process_names(agent: AgentProcess, sandbox_id: str) -> list[str]:
-    data = (agent.data_dir / "node").read_text()
-    node_id = data.split('"node_id":"')[1].split('"')[0]
-    groups, _ = cgroups.find_on_this_machine(node_id)
+    groups, _ = cgroups.find_on_this_machine(agent.node_id)
     if groups is None:
         pytest.skip("no cgroups here")
     names = []
@@ -87,7 +82,7 @@ async def test_clean_shutdown_keeps_sandboxes(
     await keeper.start()
     await gateway.wait_registrations(2)
     assert await keeper.end(signal.SIGTERM) == 0
-    assert [tag for _, tag in host.supervised("") if tag.endswith(f"/{sandbox}")]
+    assert agent.supervised(sandbox)
     await agent.start()
     await gateway.wait_registrations(3)
     assert (await agent.run(sandbox, ["echo", "on"])).stdout == b"on\n"
@@ -98,9 +93,8 @@ async def test_death_while_the_agent_is_away_is_reported(
 ) -> None:
     started = await agent.run(sandbox, ["sleep", "1000"], detach=True)
     await agent.end(signal.SIGKILL)
-    for pid, tag in host.supervised(""):
-        if tag.endswith(f"/{sandbox}"):
-            os.kill(pid, signal.SIGKILL)
+    for pid in agent.supervised(sandbox):
+        os.kill(pid, signal.SIGKILL)
     await agent.start()
     report = await gateway.wait_for(sandbox, FAILED)
     assert report.reason == "PROCESS_LOST"
@@ -131,9 +125,7 @@ async def test_leftovers_are_swept_at_the_start(
 ) -> None:
     await agent.end(signal.SIGKILL)
     (agent.data_dir / "sandboxes" / sandbox / "record").unlink()
-    data = DataDirectory(agent.data_dir)
-    groups, _ = cgroups.find_on_this_machine(data.state.node_id)
-    data.close()
+    groups, _ = cgroups.find_on_this_machine(agent.node_id)
     if groups is not None:
         groups.create("sb-stray", cgroups.CgroupLimits(2**24, 8, 100))
     gateway.assignments.clear()
