@@ -11,7 +11,7 @@ from random import Random
 
 from prism_control.raft import entry_codec
 from prism_control.raft.types import Entry, HardState, SnapshotMeta
-from tests.sim.state_machine import State
+from tests.sim.state_machine import Frozen
 
 
 class DiskError(Exception):
@@ -23,7 +23,7 @@ class Snapshot:
     """A snapshot and what it contains."""
 
     meta: SnapshotMeta
-    state: State
+    state: Frozen
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,16 @@ class Image:
 class Disk:
     """The disk of one member; survives its crashes."""
 
-    def __init__(self, hard_state: HardState, entries: tuple[Entry, ...]) -> None:
-        snapshot = Snapshot(SnapshotMeta(), State())
+    def __init__(self, hard_state: HardState, entries: tuple[Entry, ...], state: Frozen) -> None:
+        snapshot = Snapshot(SnapshotMeta(), state)
         self.synced = Image(hard_state, snapshot, first_index=1)
         self.synced.apply(Transaction(entries=entries))
         self._written: list[Transaction] = []
+        #: Until then a write takes for ever, or finds no room.
+        self.stalled_until_us = 0
+        self.full_until_us = 0
+        #: The next sync fails (EIO); what is on the disk is then unknown.
+        self.fails_next = False
 
     def write(self, transaction: Transaction) -> None:
         """Queue a transaction; durable after `sync`, perhaps after a crash."""
@@ -114,6 +119,14 @@ class Disk:
             self.synced.apply(first)
             if first is transaction:
                 return
+
+    def flip_bit(self, random: Random) -> int:
+        """Damage one entry; return its position."""
+        position = random.randrange(len(self.synced.encoded))
+        damaged = bytearray(self.synced.encoded[position])
+        damaged[random.randrange(len(damaged))] ^= 1 << random.randrange(8)
+        self.synced.encoded[position] = bytes(damaged)
+        return position
 
     def crash(self, random: Random) -> int:
         """Lose what the kernel had not got to; return how many transactions survive."""

@@ -61,9 +61,7 @@ class Formation:
         extra = random.choice((0, 0, 0, 1, 2)) if self._expected > 1 else 0
         ids = tuple(range(1, self._expected + extra + 1))
         self._is_exact = extra == 0
-        self._members = {
-            id_: Starter(id_, self._expected, self._join_list(ids)) for id_ in ids
-        }
+        self._members = {id_: Starter(id_, self._expected, self._join_list(ids)) for id_ in ids}
         self._loss = random.choice((0.0, 0.1, 0.5))
         self._crashes = random.choice((0.0, 0.05, 0.3))
         self._cut: set[MemberId] = set()

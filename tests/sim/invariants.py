@@ -6,9 +6,10 @@ index and term, so that each step costs little.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prism_control.raft.core import Core
+from prism_control.raft.entry_codec import decode_configuration
 from prism_control.raft.types import (
     AppendReply,
     AppendRequest,
@@ -17,6 +18,7 @@ from prism_control.raft.types import (
     EntryKind,
     Message,
     Role,
+    TimeoutNow,
     VoteReply,
     VoteRequest,
 )
@@ -28,7 +30,7 @@ class ViolationError(Exception):
     """A promise is broken."""
 
 
-def _has_quorum(configuration: Configuration, members: set[int]) -> bool:
+def has_quorum(configuration: Configuration, members: set[int]) -> bool:
     # Written apart from prism_control.raft.quorum, which is under test.
     for voters in (configuration.voters, configuration.voters_outgoing):
         if voters and 2 * len(members.intersection(voters)) <= len(voters):
@@ -39,9 +41,12 @@ def _has_quorum(configuration: Configuration, members: set[int]) -> bool:
 class Invariants:
     """Sees all members, messages and disks of one cluster."""
 
-    def __init__(self, configuration: Configuration, disks: Mapping[int, Disk]) -> None:
-        self._configuration = configuration
+    def __init__(self, disks: Mapping[int, Disk], fresh: Callable[[], State]) -> None:
+        #: Grows with new members. Lost disks stay as they were: who had them never votes again.
         self._disks = disks
+        self._fresh = fresh
+        #: By which the last entry was committed, and the last committed one.
+        self._deciding = self._configuration = Configuration()
         self._leader_of_term: dict[int, int] = {}
         self._vote_of: dict[tuple[int, int], int] = {}
         #: (index, term) to (term before, kind, data): log matching by induction.
@@ -50,8 +55,8 @@ class Invariants:
         self.committed: list[Entry] = []
         #: Commit index of each running member as last seen.
         self._commit_seen: dict[int, int] = {}
-        #: Chain of hashes by applied index.
-        self._chain_at: dict[int, bytes] = {}
+        #: Digest of the state by applied index.
+        self._digest_at: dict[int, str] = {}
         self._acknowledged_max = 0
         self.acknowledged: dict[int, bytes] = {}
         self.elections = 0
@@ -80,7 +85,7 @@ class Invariants:
         if entries:
             self._check_entries(core.log.term_at(entries[0].index - 1), entries)
 
-    def sent(self, message: Message) -> None:
+    def sent(self, core: Core, message: Message) -> None:
         """Check a message that leaves a member: it may promise only what is durable."""
         image = self._disks[message.sender].synced
         free_of_term = (isinstance(message, VoteRequest) and message.pre_vote) or (
@@ -98,10 +103,21 @@ class Invariants:
             held = max(image.last_index, image.snapshot.meta.index)
             if message.index > held or (image.term_at(message.index) or 0) > message.term:
                 raise ViolationError(f"acknowledged what is not on disk: {message}")
+        elif isinstance(message, TimeoutNow):
+            self._check_heir(core, image.last_index, message)
+
+    def _check_heir(self, core: Core, last_index: int, message: TimeoutNow) -> None:
+        """Check that leadership goes to a voter only, and if it is a transfer, one that has all."""
+        if message.receiver not in core.configuration.voters:
+            raise ViolationError(f"leadership is handed to one who is no voter: {message}")
+        heir = self._disks[message.receiver].synced
+        if core.role is Role.LEADER and heir.last_index < last_index:
+            raise ViolationError(f"leadership is handed to one who lacks entries: {message}")
 
     def applied(self, member: int, state: State) -> None:
         """Check that all members have the same state at the same index (State Machine Safety)."""
-        if self._chain_at.setdefault(state.index, state.chain) != state.chain:
+        digest = state.digest()
+        if digest and self._digest_at.setdefault(state.index, digest) != digest:
             raise ViolationError(f"member {member} has another state at {state.index}")
         if state.index > len(self.committed):
             raise ViolationError(f"member {member} applied {state.index}, not committed")
@@ -109,7 +125,7 @@ class Invariants:
     def disk_changed(self) -> None:
         """Check that all that is committed is durable on a quorum."""
         if self.committed:
-            self._check_durable(self.committed[-1])
+            self._check_durable(self.committed[-1], self._deciding)
 
     def write_acknowledged(self, index: int, data: bytes) -> None:
         """Check what a client is told: the write is committed, at this index."""
@@ -129,12 +145,13 @@ class Invariants:
 
     def finished(self, states: Mapping[int, State]) -> None:
         """Check a healed cluster: all have caught up and nothing acknowledged is lost."""
-        state = State()
+        state = self._fresh()
         for entry in self.committed:
-            state = state.apply(entry)
+            state, _ = state.apply(entry)
+        digest = state.digest(thorough=True)
         for member, found in states.items():
-            if found != state:
-                raise ViolationError(f"member {member} has {found}, not {state}")
+            if found.digest(thorough=True) != digest:
+                raise ViolationError(f"member {member} has another state than the committed log")
         for index, data in self.acknowledged.items():
             if self.committed[index - 1].data != data:
                 raise ViolationError(f"the acknowledged write {data!r} is lost")
@@ -189,11 +206,11 @@ class Invariants:
         self._commit_seen[member] = commit
         first = max(seen, core.log.base_index) + 1
         for entry in core.log.slice(first, commit):
-            self._check_committed(entry, core.term, cores)
+            self._check_committed(entry, core, cores)
         if commit > len(self.committed):
             raise ViolationError(f"member {member} knows of {commit}, not committed by anybody")
 
-    def _check_committed(self, entry: Entry, term: int, cores: Iterable[Core]) -> None:
+    def _check_committed(self, entry: Entry, by: Core, cores: Iterable[Core]) -> None:
         if entry.index <= len(self.committed):
             known = self.committed[entry.index - 1]
             if known != entry:
@@ -202,18 +219,34 @@ class Invariants:
         if entry.index != len(self.committed) + 1:
             raise ViolationError(f"entry {entry.index} committed after {len(self.committed)}")
         self.committed.append(entry)
-        self._check_durable(entry)
+        # The leader is the first to know, by the configuration that it has in force.
+        self._deciding = by.configuration
+        self._check_durable(entry, by.configuration)
+        if entry.kind is EntryKind.CONFIGURATION:
+            self._check_change(decode_configuration(entry))
         for core in cores:
-            if core.role is Role.LEADER and core.term >= term:
+            if core.role is Role.LEADER and core.term >= by.term:
                 self._check_complete(core, entry)
 
-    def _check_durable(self, entry: Entry) -> None:
+    def _check_change(self, after: Configuration) -> None:
+        """Check that voters change only by way of a joint configuration (§6)."""
+        before, self._configuration = self._configuration, after
+        if before.is_joint:
+            legal = not after.is_joint and after.voters == before.voters
+        elif after.is_joint:
+            legal = set(after.voters_outgoing) == set(before.voters)
+        else:
+            legal = after.voters == before.voters
+        if before.voters and not legal:
+            raise ViolationError(f"the configuration {before} became {after}")
+
+    def _check_durable(self, entry: Entry, configuration: Configuration) -> None:
         holders = {
             member
             for member, disk in self._disks.items()
             if disk.synced.holds(entry.index, entry.term)
         }
-        if not _has_quorum(self._configuration, holders):
+        if not has_quorum(configuration, holders):
             raise ViolationError(
                 f"committed entry {entry.index} of term {entry.term} is durable on {holders} only"
             )

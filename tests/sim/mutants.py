@@ -28,7 +28,7 @@ from prism_control.raft.types import (
     VoteReply,
     VoteRequest,
 )
-from tests.sim.cluster import Options
+from tests.sim.options import Options
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prism_control.raft.config import CoreConfig
 from prism_control.raft.core import Core
-from prism_control.raft.errors import NotLeaderError, ProposalDroppedError
+from prism_control.raft.errors import CorruptEntryError, NotLeaderError, ProposalDroppedError
 from prism_control.raft.types import (
     EntryKind,
     Message,
@@ -22,8 +22,17 @@ from tests.sim.disk import Disk, Snapshot, Transaction
 from tests.sim.invariants import ViolationError
 from tests.sim.state_machine import State
 
+TICK_US = 10_000
+_DISK_FULL_RETRY_US = 20_000
+
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
+
+
+class _Proposed(NamedTuple):
+    term: int
+    data: bytes
+    done: Callable[[object], None] | None
 
 
 class Node:
@@ -41,14 +50,16 @@ class Node:
         #: Counts starts; events of an earlier life are void.
         self.life = 0
         self.core: Core | None = None
-        self.state = State()
+        self.state: State = disk.synced.snapshot.state.thaw()
+        self.tick_us = TICK_US
+        self.draw_clock(random)
         self._inbox: deque[Callable[[Core], None]] = deque()
         self._tick_waits = False
         self._turn_is_scheduled = False
         self._is_persisting = False
         self._received: dict[tuple[int, int], Snapshot] = {}
-        self._proposed: dict[int, tuple[int, bytes]] = {}
-        self._reads: dict[int, int] = {}
+        self._proposed: dict[int, _Proposed] = {}
+        self._reads: dict[int, tuple[int, Callable[[], None]]] = {}
         self._reads_ready: list[ReadState] = []
         self._snapshot_index = 0
         self._snapshot_is_saving = False
@@ -59,14 +70,25 @@ class Node:
 
     # ---------------------------------------------------------------- life
 
+    def draw_clock(self, random: Random) -> None:
+        """Let the clock run at another rate."""
+        spread = self._cluster.options.clock_spread
+        self.tick_us = round(TICK_US * random.uniform(1 - spread, 1 + spread))
+
     def start(self) -> None:
-        """Start from the disk."""
+        """Start from the disk, unless it is lost or damaged: then this member never starts."""
         image = self.disk.synced
         self.life += 1
         random = Random(self._random.getrandbits(64))
-        entries = self.disk.read_entries()
+        try:
+            entries = self.disk.read_entries()
+        except CorruptEntryError as error:
+            if self.id not in self._cluster.lost:
+                raise
+            self._cluster.trace("refuse to start", self.id, error)
+            return
         self.core = Core(self._config, random, image.hard_state, image.snapshot.meta, entries)
-        self.state = image.snapshot.state
+        self.state = image.snapshot.state.thaw()
         self._inbox = deque()
         self._tick_waits = self._turn_is_scheduled = self._is_persisting = False
         self._snapshot_is_saving = False
@@ -112,8 +134,8 @@ class Node:
         self._received[(snapshot.meta.index, snapshot.meta.term)] = snapshot
         self.deliver(message)
 
-    def propose(self, datas: list[bytes]) -> None:
-        """Take writes from a client."""
+    def propose(self, datas: list[bytes], done: Callable[[object], None] | None = None) -> None:
+        """Take writes from a client; `done` gets the answer to each."""
 
         def action(core: Core) -> None:
             try:
@@ -122,14 +144,14 @@ class Node:
                 self._cluster.trace("refuse", self.id, type(error).__name__)
                 return
             for index, data in zip(indexes, datas, strict=True):
-                self._proposed[index] = (core.term, data)
+                self._proposed[index] = _Proposed(core.term, data, done)
 
         self.receive(action)
 
-    def read(self, context: int) -> None:
-        """Take a read from a client."""
+    def read(self, context: int, served: Callable[[], None] = lambda: None) -> None:
+        """Take a read from a client; `served` is called when this member's state may be read."""
         if self.core is not None:
-            self._reads[context] = self._cluster.invariants.read_asked()
+            self._reads[context] = (self._cluster.invariants.read_asked(), served)
             self.receive(lambda core: core.read_index(context))
 
     # ---------------------------------------------------------------- the loop
@@ -172,41 +194,67 @@ class Node:
             soft = ready.soft_state
             self._cluster.trace("role", self.id, soft.role.name, soft.leader, soft.term)
             if soft.role is Role.LEADER:
-                self._cluster.elected(self)
-        self._send(ready.messages_now)
+                self._cluster.faults.elected(self)
+        self._send(core, ready.messages_now)
         if not ready.needs_persist:
             self._persisted(core, ready, None)
             return
         received = None
         if ready.snapshot is not None:
             received = self._received[(ready.snapshot.index, ready.snapshot.term)]
-        transaction = Transaction(ready.hard_state, received, ready.entries)
-        self.disk.write(transaction)
         self._is_persisting = True
-        self._cluster.after(
-            self._random.randrange(*self.disk_latency_us),
-            self._in_this_life(lambda: self._persisted(core, ready, transaction)),
-        )
+        self._persist(core, ready, Transaction(ready.hard_state, received, ready.entries))
+
+    def _persist(self, core: Core, ready: Ready, transaction: Transaction) -> None:
+        """Write; without room, wait and try again, as the driver does."""
+        cluster, disk = self._cluster, self.disk
+        if disk.full_until_us > cluster.now_us:
+            again = self._in_this_life(lambda: self._persist(core, ready, transaction))
+            cluster.after(_DISK_FULL_RETRY_US, again)
+            return
+        disk.write(transaction)
+        delay_us = self._random.randrange(*self.disk_latency_us)
+        delay_us += max(0, disk.stalled_until_us - cluster.now_us)
+        cluster.after(delay_us, self._in_this_life(lambda: self._written(core, ready, transaction)))
+
+    def _written(self, core: Core, ready: Ready, transaction: Transaction) -> None:
+        paused_us = self.paused_until_us - self._cluster.now_us
+        if paused_us > 0:
+            again = self._in_this_life(lambda: self._written(core, ready, transaction))
+            self._cluster.after(paused_us, again)
+        elif self.disk.fails_next:
+            # What the disk holds is unknown now: the member must stop.
+            self.disk.fails_next = False
+            self.write_failed(core, ready, transaction)
+        else:
+            self.disk.sync(transaction)
+            self._persisted(core, ready, transaction)
+
+    def write_failed(self, core: Core, ready: Ready, transaction: Transaction) -> None:
+        """Stop, and be started again by somebody."""
+        self._cluster.trace("write failed", self.id)
+        self._cluster.crash(self, 600_000)
 
     def _persisted(self, core: Core, ready: Ready, transaction: Transaction | None) -> None:
         if transaction is not None:
             self._is_persisting = False
-            self.disk.sync(transaction)
             self._cluster.invariants.disk_changed()
             self._cluster.invariants.written(core, ready.entries)
             if transaction.received is not None:
                 self._install(core, transaction.received)
         core.persisted(ready)
         self._cluster.turned(self)
-        self._send(ready.messages_after_persist)
+        self._send(core, ready.messages_after_persist)
+        if ready.transfer is not None:
+            self._cluster.transferred(self, ready.transfer)
         self._apply(core, ready)
         self._serve_reads(core, ready)
         self._maybe_take_snapshot(core)
         self._wake()
 
-    def _send(self, messages: tuple[Message, ...]) -> None:
+    def _send(self, core: Core, messages: tuple[Message, ...]) -> None:
         for message in messages:
-            self._cluster.invariants.sent(message)
+            self._cluster.invariants.sent(core, message)
             if isinstance(message, SnapshotRequest):
                 self._cluster.send_snapshot(self, message)
             else:
@@ -215,7 +263,7 @@ class Node:
     # ---------------------------------------------------------------- applying and reading
 
     def _install(self, core: Core, snapshot: Snapshot) -> None:
-        self.state = snapshot.state
+        self.state = snapshot.state.thaw()
         self._snapshot_index = snapshot.meta.index
         self._cluster.trace("install", self.id, snapshot.meta.index)
         core.applied(snapshot.meta.index)
@@ -223,14 +271,16 @@ class Node:
 
     def _apply(self, core: Core, ready: Ready) -> None:
         for entry in ready.committed:
-            self.state = self.state.apply(entry)
+            self.state, answer = self.state.apply(entry)
             self._cluster.invariants.applied(self.id, self.state)
-            term, data = self._proposed.pop(entry.index, (0, b""))
-            if term == entry.term and entry.kind is EntryKind.NORMAL:
-                self._cluster.write_acknowledged(entry.index, data)
+            proposed = self._proposed.pop(entry.index, None)
+            if proposed and proposed.term == entry.term and entry.kind is EntryKind.NORMAL:
+                self._cluster.write_acknowledged(entry.index, proposed.data, answer)
+                if proposed.done is not None:
+                    proposed.done(answer)
         if ready.committed:
             core.applied(self.state.index)
-            self._cluster.trace("apply", self.id, self.state.index, self.state.chain.hex())
+            self._cluster.trace("apply", self.id, self.state.index, self.state.digest())
 
     def _serve_reads(self, core: Core, ready: Ready) -> None:
         for context in ready.reads_dropped:
@@ -241,7 +291,9 @@ class Node:
             if read.index > core.applied_index:
                 self._reads_ready.append(read)
             elif read.context in self._reads:
-                self._cluster.read_served(self, self._reads.pop(read.context))
+                asked, served = self._reads.pop(read.context)
+                self._cluster.read_served(self, asked)
+                served()
 
     # ---------------------------------------------------------------- snapshots
 
@@ -255,7 +307,7 @@ class Node:
             self.state.index - self._snapshot_index < policy.snapshot_entries
         ):
             return
-        snapshot = Snapshot(core.snapshot_meta(self.state.index), self.state)
+        snapshot = Snapshot(core.snapshot_meta(self.state.index), self.state.freeze())
         transaction = Transaction(taken=snapshot)
         self.disk.write(transaction)
         self._snapshot_is_saving = True

@@ -10,7 +10,8 @@ import time
 import traceback
 from dataclasses import dataclass
 
-from tests.sim.cluster import Cluster, Options
+from tests.sim.cluster import Cluster
+from tests.sim.options import Options
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from tests.sim.cluster import Cluster, Options
+from tests.sim.cluster import Cluster
+from tests.sim.options import Options
 from tests.sim.run import main, replay_command, run_seed
 
 
