@@ -11,6 +11,7 @@ import click
 from prism_agent import limits
 from prism_agent.purge import purge
 from prism_agent.resources import CapacityFlags
+from prism_agent.selftest import selftest
 from prism_agent.server import Agent, Settings
 from prism_common import limits as common_limits
 from prism_common import log, settings
@@ -173,15 +174,22 @@ def _on_exit(text: str) -> Literal["keep", "delete"]:
     is_flag=True,
     help="Remove the sandboxes that a stopped agent has left in --data-dir, and exit.",
 )
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="Try the runtimes, print a line of JSON for each, and exit; 0 if one works.",
+)
 @settings.boolean_option(
     "--insecure", False, "Allow addresses that other machines reach: there is no auth yet."
 )
 @settings.common_options
 def command(log_level: str, log_format: log.Format, log_file: str | None, **flags: Any) -> int:
     """Run the agent until it is told to stop."""
-    purging = flags.pop("purge")
+    purging, probing = flags.pop("purge"), flags.pop("probe")
     built = _build(flags)
     log.configure(log_level, log_format, log_file)
+    if probing:
+        return 0 if asyncio.run(selftest(built.runtime)) else 1
     asyncio.run(purge(built.data_dir) if purging else Agent(built).run())
     return 0
 

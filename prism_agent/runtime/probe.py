@@ -39,20 +39,15 @@ def known_runtimes(
     return {runtime.name: runtime for runtime in runtimes}
 
 
-async def probe(
-    asked: str, data: DataDirectory, journal: Journal, cgroups: Cgroups | None
-) -> Found:
-    """Try the runtime that was asked for, or all that isolate.
+def candidates(asked: str, known: dict[str, Runtime]) -> list[Runtime]:
+    """Return what to try: never one that does not isolate, unless it was asked for by name."""
+    return [known["bubblewrap"] if asked == "auto" else known[asked]]
 
-    Raises:
-        StartupError: None works. An agent that cannot isolate does not run anything.
-    """
-    known = known_runtimes(data, journal, cgroups)
-    # Never one that does not isolate, unless it was asked for by name.
-    candidates = [known["bubblewrap"] if asked == "auto" else known[asked]]
-    working: dict[str, Runtime] = {}
+
+async def try_all(runtimes: list[Runtime]) -> list[node_pb2.RuntimeStatus]:
+    """Start a sandbox with each, and return how that went."""
     statuses: list[node_pb2.RuntimeStatus] = []
-    for runtime in candidates:
+    for runtime in runtimes:
         result = await _try(runtime)
         statuses.append(
             node_pb2.RuntimeStatus(
@@ -62,12 +57,24 @@ async def probe(
                 version=result.version,
             )
         )
-        if result.ready:
-            working[runtime.name] = runtime
         logger.info(
             "probed",
             extra={"runtime": runtime.name, "ready": result.ready, "why": result.message},
         )
+    return statuses
+
+
+async def probe(
+    asked: str, data: DataDirectory, journal: Journal, cgroups: Cgroups | None
+) -> Found:
+    """Try the runtime that was asked for, or all that isolate.
+
+    Raises:
+        StartupError: None works. An agent that cannot isolate does not run anything.
+    """
+    known = known_runtimes(data, journal, cgroups)
+    statuses = await try_all(candidates(asked, known))
+    working = {each.name: known[each.name] for each in statuses if each.ready}
     if not working:
         why = "; ".join(f"{each.name}: {each.message}" for each in statuses)
         raise StartupError(f"--runtime={asked}: nothing here can isolate a sandbox: {why}")

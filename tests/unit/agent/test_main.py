@@ -1,5 +1,6 @@
 """Flags: what is nonsense is refused in one line that names the flag and the range."""
 
+import json
 import socket
 from pathlib import Path
 
@@ -69,3 +70,11 @@ def test_sizes_and_cpu() -> None:
 
 def test_purge_of_nothing_is_success(tmp_path: Path) -> None:
     assert settings.run(command, ["--purge", f"--data-dir={tmp_path / 'none'}"]) == 0
+
+
+def test_probe_prints_a_line_of_json_for_each_runtime(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status = settings.run(command, ["--probe", "--runtime=fake"])
+    line = json.loads(capsys.readouterr().out)
+    assert (line["name"], line["ready"], status) == ("fake", True, 0)
