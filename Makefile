@@ -5,9 +5,10 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 300
+SECONDS ?= 60
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help up down status test lint format proto sim install install-dev constraints clean
+.PHONY: help up down status test lint format proto sim mutants nemesis install install-dev constraints clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +49,13 @@ proto: install-dev ## Generate the code of the protos.
 
 sim: install-dev ## Run the Raft simulator: make sim SEEDS=1000.
 	$(BIN)/python -m tests.sim.run --seeds $(SEEDS)
+
+mutants: install-dev ## Check that the simulator catches every known bug.
+	$(BIN)/python -m tests.sim.mutants
+
+nemesis: install-dev ## Hurt real clusters of three and five nodes, as root: make nemesis SECONDS=60.
+	$(BIN)/python -m tests.nemesis.run --members 3 --seconds $(SECONDS)
+	$(BIN)/python -m tests.nemesis.run --members 5 --seconds $(SECONDS)
 
 constraints: install-dev ## Write the exact versions that are installed to constraints.txt.
 	deploy/write_constraints.sh

@@ -33,6 +33,7 @@ done
 [ -n "$python" ] || packages="$packages python3 python3-venv"
 if [ "$kind" = dev ]; then
   need iproute2 command -v ip
+  need nftables test -x /usr/sbin/nft
 fi
 
 if [ -n "$packages" ]; then

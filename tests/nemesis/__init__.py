@@ -1,0 +1,1 @@
+"""Real control nodes in network namespaces, hurt while clients write and read."""
