@@ -33,6 +33,8 @@ class ExecRecord(msgspec.Struct, kw_only=True):
     #: Processes that the kernel had killed for memory when it started.
     oom_kills: int
     stdin: bool
+    #: It has a terminal, and only one stream of output.
+    terminal: bool = False
     #: Its end was looked at, and why it ended is settled.
     settled: bool = False
     #: It ran out of memory. The rest of how it ended is in the ring's header.

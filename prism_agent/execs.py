@@ -1,9 +1,11 @@
 """The execs of one sandbox: started once, followed by any number of clients, never just lost."""
 
 import asyncio
+import contextlib
+import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prism.sandbox.v1 import sandbox_pb2
@@ -26,6 +28,10 @@ from prism_common.errors import (
 from prism_common.names import generate_id
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: What nearly every program knows; a client names its own terminal in env.
+_TERM = "xterm-256color"
+#: Ends the input of a terminal as Ctrl-D does.
+_END_OF_INPUT = b"\x04"
 _SIGKILL = 9
 
 
@@ -61,6 +67,8 @@ class Execs:
         #: The connection broke. The sandbox may have ended, or not: its process says which.
         self.disconnected = asyncio.Event()
         self._last_activity_s = time.time()
+        #: File calls under way: they too are a use of the sandbox.
+        self._calls = 0
         self._oom_kills_seen = 0
         #: Set, and replaced, when any exec of the sandbox starts or changes: for logs.
         self.changed = asyncio.Event()
@@ -172,12 +180,26 @@ class Execs:
 
     @property
     def busy(self) -> bool:
-        """An exec runs, or a client follows one."""
-        return any(each.running or each.readers for each in self._execs.values())
+        """An exec runs, a client follows one, or a file call is under way."""
+        return self._calls > 0 or any(each.running or each.readers for each in self._execs.values())
 
     def idle_s(self) -> float:
         """Return for how long nothing has run in the sandbox."""
         return 0.0 if self.busy else max(0.0, time.time() - self._last_activity_s)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the sandbox from being idle, for a call that runs nothing."""
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            self.touch()
+
+    def touch(self) -> None:
+        """It was used just now."""
+        self._last_activity_s = max(self._last_activity_s, time.time())
 
     def ran_out_of_memory(self) -> bool:
         """The kernel killed a process for memory, and no exec's end explains it."""
@@ -279,6 +301,11 @@ class Execs:
             raise QueueFullError(
                 f"{limits.EXECS_RUNNING_MAX} execs run in this sandbox", retry_after_s=1.0
             )
+        if start.HasField("terminal") and self._client.version < protocol.VERSION_TERMINAL:
+            raise WrongStateError(
+                "the sandbox was started by an older agent and has no terminals; stop and start it",
+                reason="SUPERVISOR_TOO_OLD",
+            )
         self._prune()
         record = ExecRecord(
             exec_id=generate_id("ex"),
@@ -289,6 +316,7 @@ class Execs:
             start_time_s=time.time(),
             oom_kills=self._usage().oom_kills,
             stdin=start.stdin,
+            terminal=start.HasField("terminal"),
         )
         each = Exec(self.directory, record)
         self._add(each)
@@ -301,6 +329,8 @@ class Execs:
 
     def _hand_over(self, each: Exec, start: sandbox_pb2.ExecStart) -> None:
         env = {"PATH": _PATH, "HOME": "/workspace", "LANG": "C.UTF-8", **self._spec.env}
+        if each.record.terminal:
+            env["TERM"] = _TERM
         env.update(start.env)
         spec = protocol.encode_spec(start.cwd or "/workspace", list(start.argv), env)
         descriptors: list[int] = []
@@ -309,7 +339,8 @@ class Execs:
             os.write(descriptors[0], spec)
             ring = Ring.create(each.ring_path)
             descriptors.append(ring.fileno())
-            if start.stdin:
+            piped = start.stdin and not each.record.terminal
+            if piped:
                 read_end, write_end = os.pipe2(os.O_CLOEXEC)
                 descriptors += [read_end, write_end]
                 os.set_blocking(write_end, False)
@@ -317,6 +348,8 @@ class Execs:
             flags = (protocol.EXEC_STDIN if start.stdin else 0) | (
                 protocol.EXEC_OVERWRITE if start.detach else 0
             )
+            if each.record.terminal:
+                flags |= protocol.exec_terminal(start.terminal.rows, start.terminal.columns)
             each.window = protocol.OVERWRITE if start.detach else limits.RING_BYTES
             timeout_ns = start.timeout.ToNanoseconds()
             if self._client is None:
@@ -324,7 +357,7 @@ class Execs:
             self._client.send(
                 Message(Request.EXEC, each.record.number, timeout_ns, flags), descriptors
             )
-            if start.stdin:
+            if piped:
                 each.stdin_fd = os.dup(descriptors[3])
         finally:
             for descriptor in descriptors:
@@ -378,6 +411,19 @@ class Execs:
             raise SandboxGoneError("the sandbox ended")
         self._client.send(Message(Request.SIGNAL, each.record.number, number))
 
+    def resize(self, each: Exec, rows: int, columns: int) -> None:
+        """Give an exec's terminal another size.
+
+        Raises:
+            WrongStateError: It has none.
+        """
+        if not each.record.terminal:
+            raise WrongStateError(
+                f"exec {each.record.exec_id} has no terminal", reason="NO_TERMINAL"
+            )
+        if each.running:
+            self._send(Message(Request.RESIZE, each.record.number, rows, columns))
+
     async def write_stdin(self, each: Exec, data: bytes) -> None:
         """Write to an exec's standard input, as fast as it reads. What it never reads is lost."""
         async with each.stdin_lock:
@@ -389,11 +435,16 @@ class Execs:
                     view = view[os.write(each.stdin_fd, view) :]
                 except BlockingIOError:
                     await _writable(each)
-                except BrokenPipeError:
+                except OSError as error:
+                    if error.errno not in (errno.EPIPE, errno.EIO):
+                        raise
+                    # It has closed its input, or hung up.
                     return
 
     async def close_stdin(self, each: Exec) -> None:
         """End an exec's standard input after what was written."""
+        if each.record.terminal and each.record.stdin:
+            await self.write_stdin(each, _END_OF_INPUT)
         async with each.stdin_lock:
             each.close_stdin()
             self._send(Message(Request.CLOSE_STDIN, each.record.number))
@@ -419,7 +470,7 @@ class Execs:
     def let_go(self, each: Exec, token: object) -> None:
         """A client is gone. After a while without any, old output gives way to new."""
         each.readers.pop(token, None)
-        self._last_activity_s = max(self._last_activity_s, time.time())
+        self.touch()
         if not each.readers:
             self._release_later(each)
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
+from prism_agent import limits
 from prism_agent.execs import Execs
+from prism_agent.file_call import FileCall
 from prism_agent.journal import Record
 from prism_agent.reconcile import Phase, Sandbox
 from prism_agent.runtime.base import Running
@@ -53,6 +55,14 @@ class Hosted:
     #: Loop time at which a stop under way turns into a kill.
     kill_at_s: float = 0.0
     hurried: asyncio.Event = field(default_factory=asyncio.Event)
+    #: File calls under way. They hold its files open, so they are ended with it.
+    file_calls: set[FileCall] = field(default_factory=set)
+
+    async def end_file_calls(self) -> None:
+        """Have every file call let go of the sandbox, and return when they have."""
+        closing = [call.end() for call in list(self.file_calls)]
+        if closing:
+            await asyncio.wait(closing, timeout=limits.FILE_CALLS_END_S)
 
     @property
     def idle_timeout_s(self) -> float:

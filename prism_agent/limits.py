@@ -30,3 +30,16 @@ DELETE_RETRY_S: Final = 1.0
 REPORTS_MAX: Final = 1000
 #: Between two attempts to reach a supervisor whose connection broke.
 RECONNECT_S: Final = 0.05
+#: File calls under way in one sandbox; each has a thread of its own.
+FILE_CALLS_MAX: Final = 32
+#: The same of all sandboxes of the node.
+FILE_CALLS_NODE_MAX: Final = 128
+#: A listing is one message, and a message is at most 4 MiB.
+LIST_ENTRIES_MAX: Final = 10_000
+LIST_BYTES_MAX: Final = 3 * MIB
+#: Parts of a path: making each of them resolves all before it.
+PATH_PARTS_MAX: Final = 256
+#: Removing holds two descriptors for each level.
+REMOVE_DEPTH_MAX: Final = 128
+#: Time for file calls to let go of a sandbox that ends; a step of one is at most 1 MiB.
+FILE_CALLS_END_S: Final = 5.0

@@ -11,6 +11,7 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
 from prism_agent.execs import Execs
+from prism_agent.file_call import FileCall
 from prism_agent.hosted import Hosted, report_of
 from prism_agent.journal import Journal, Record, boot_id, record_of
 from prism_agent.metrics import AgentMetrics
@@ -30,9 +31,18 @@ from prism_agent.reconcile import (
 )
 from prism_agent.reports import ReportQueue
 from prism_agent.runtime.base import Running, Runtime, StartError, Usage
-from prism_common.errors import NotFoundError, SandboxGoneError, WrongStateError
+from prism_common.errors import (
+    NotFoundError,
+    NotServedError,
+    QueueFullError,
+    SandboxGoneError,
+    WrongStateError,
+)
 
 logger = logging.getLogger(__name__)
+
+#: Its processes exist, so its files can be reached.
+RUNS = frozenset({Phase.READY})
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -223,11 +233,45 @@ class Sandboxes:
             NotFoundError: It is not on this node.
             WrongStateError: It is not READY, and `running` was asked for; or it runs nothing.
         """
+        return self._find(sandbox_id, frozenset({Phase.READY}) if running else None).execs
+
+    def open_files(self, sandbox_id: str) -> FileCall:
+        """Return a new call on the files of a sandbox; it must be closed.
+
+        Raises:
+            NotFoundError: It is not on this node.
+            WrongStateError: It does not run.
+            SandboxGoneError: It ends just now.
+            QueueFullError: Too many file calls are under way.
+        """
+        hosted = self._find(sandbox_id, RUNS)
+        here = len(hosted.file_calls)
+        everywhere = sum(len(each.file_calls) for each in self._hosted.values())
+        if here >= limits.FILE_CALLS_MAX or everywhere >= limits.FILE_CALLS_NODE_MAX:
+            raise QueueFullError(
+                f"{here} file calls are under way in this sandbox, {everywhere} on its node",
+                retry_after_s=0.5,
+            )
+        process = hosted.running.process if hosted.running is not None else None
+        if process is None:
+            raise SandboxGoneError("the sandbox ended")
+        try:
+            root = process.open_root()
+        except ProcessLookupError:
+            raise SandboxGoneError("the sandbox ended") from None
+        except OSError as error:
+            raise NotServedError(f"files by this agent ({error.strerror}): it") from None
+        call = FileCall(root, hosted.record.uid, hosted.file_calls.discard, hosted.execs.in_use())
+        hosted.file_calls.add(call)
+        return call
+
+    def _find(self, sandbox_id: str, phases: frozenset[Phase] | None) -> Hosted:
+        """Return a sandbox that is in one of the phases; None: in any that it exists in."""
         sandbox = self.reconciler.sandboxes.get(sandbox_id)
         hosted = self._hosted.get(sandbox_id)
         if sandbox is None or sandbox.phase is Phase.DELETED:
             raise NotFoundError(f"sandbox {sandbox_id} is not on this node", field="sandbox")
-        if hosted is None or (running and sandbox.phase is not Phase.READY):
+        if hosted is None or (phases is not None and sandbox.phase not in phases):
             raise WrongStateError(
                 f"sandbox {sandbox_id} is {sandbox.phase.value}, not ready"
                 + (f": {sandbox.message}" if sandbox.message else "")
@@ -237,7 +281,7 @@ class Sandboxes:
                 f"sandbox {sandbox_id} is of the runtime fake, which runs nothing",
                 reason="RUNTIME_FAKE",
             )
-        return hosted.execs
+        return hosted
 
     def live(self) -> list[tuple[Sandbox, sandbox_pb2.SandboxSpec]]:
         """Return the sandboxes that hold resources of this node."""
@@ -386,6 +430,7 @@ class Sandboxes:
         await self._stay_connected(hosted, running)
         out_of_memory = hosted.execs.ran_out_of_memory()
         hosted.execs.lose()
+        await hosted.end_file_calls()
         runtime = self._runtimes[record.runtime]
         await runtime.kill(record)
         running.close()
@@ -486,6 +531,7 @@ class Sandboxes:
         hosted.execs.lose()
         running.close()
         hosted.running = None
+        await hosted.end_file_calls()
 
     def _forget(self, sandbox_id: str) -> None:
         self._hosted.pop(sandbox_id, None)

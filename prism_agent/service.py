@@ -2,25 +2,26 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
 import grpc.aio
 from google.protobuf import empty_pb2
-from prism.agent.v1 import agent_pb2_grpc
 from prism.node.v1 import node_pb2, node_pb2_grpc
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import exec_streams
 from prism_agent.exec_record import Exec
 from prism_agent.execs import Execs
+from prism_agent.files import FileService
 from prism_agent.health import Health
 from prism_agent.resources import Resources
-from prism_agent.sandboxes import Sandboxes
 from prism_common import limits
 from prism_common.errors import InvalidArgumentError, NotServedError, PrismError
 from prism_common.names import shorten, validate_env, validate_request_id
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+#: What the kernel can say of a terminal.
+_CELLS_MAX: Final = 65_535
 _Client = sandbox_pb2.ExecRequest | sandbox_pb2.AttachExecRequest
 
 
@@ -32,7 +33,7 @@ def validate_start(start: sandbox_pb2.ExecStart) -> None:
         NotServedError: This version does not serve it.
     """
     if start.HasField("terminal"):
-        raise NotServedError("start.terminal: terminals are not served yet")
+        _validate_size(start.terminal, "start.terminal")
     if start.user:
         raise NotServedError("start.user: only the sandbox's own user is served yet")
     if start.request_id:
@@ -77,11 +78,17 @@ def _validate_signal(number: int) -> int:
     return number
 
 
-class AgentService(agent_pb2_grpc.AgentServiceServicer):
-    """The data path into the node's sandboxes, which are named by their ids here."""
+def _validate_size(size: sandbox_pb2.WindowSize, field: str) -> sandbox_pb2.WindowSize:
+    if not (1 <= size.rows <= _CELLS_MAX and 1 <= size.columns <= _CELLS_MAX):
+        raise InvalidArgumentError(
+            f"{field}: {size.rows} rows of {size.columns} columns; 1 to {_CELLS_MAX} each",
+            field=field,
+        )
+    return size
 
-    def __init__(self, sandboxes: Sandboxes) -> None:
-        self._sandboxes = sandboxes
+
+class AgentService(FileService):
+    """The data path into the node's sandboxes, which are named by their ids here."""
 
     async def Exec(
         self, request_iterator: AsyncIterator[sandbox_pb2.ExecRequest], context: _Context
@@ -148,53 +155,6 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
         async for response in exec_streams.logs(execs, since_s, request.follow):
             yield response
 
-    async def ReadFile(
-        self, request: sandbox_pb2.ReadFileRequest, context: _Context
-    ) -> AsyncIterator[sandbox_pb2.ReadFileResponse]:
-        """Not served yet."""
-        raise _files_not_served()
-        yield
-
-    async def WriteFile(
-        self, request_iterator: AsyncIterator[sandbox_pb2.WriteFileRequest], context: _Context
-    ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise _files_not_served()
-
-    async def ListFiles(
-        self, request: sandbox_pb2.ListFilesRequest, context: _Context
-    ) -> sandbox_pb2.ListFilesResponse:
-        """Not served yet."""
-        raise _files_not_served()
-
-    async def StatFile(
-        self, request: sandbox_pb2.StatFileRequest, context: _Context
-    ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise _files_not_served()
-
-    async def MakeDirectory(
-        self, request: sandbox_pb2.MakeDirectoryRequest, context: _Context
-    ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise _files_not_served()
-
-    async def MoveFile(
-        self, request: sandbox_pb2.MoveFileRequest, context: _Context
-    ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise _files_not_served()
-
-    async def RemoveFile(
-        self, request: sandbox_pb2.RemoveFileRequest, context: _Context
-    ) -> empty_pb2.Empty:
-        """Not served yet."""
-        raise _files_not_served()
-
-
-def _files_not_served() -> NotServedError:
-    return NotServedError("file calls are not served yet; use exec with stdin and stdout")
-
 
 def _started(each: Exec) -> sandbox_pb2.ExecResponse:
     return sandbox_pb2.ExecResponse(started=sandbox_pb2.ExecStarted(exec_id=each.record.exec_id))
@@ -260,7 +220,8 @@ class _Listener:
                 if self._each.running:
                     self._execs.signal(self._each, number)
             case "resize":
-                raise NotServedError("resize: terminals are not served yet")
+                size = _validate_size(request.resize, "resize")
+                self._execs.resize(self._each, size.rows, size.columns)
             case "start":
                 raise InvalidArgumentError("start comes first, and only once", field="start")
             case _:

@@ -10,7 +10,7 @@ from prism_cli.options import Settings, command, new_app
 if TYPE_CHECKING:
     from prism.cluster.v1 import cluster_pb2
 
-app = new_app("See the control nodes that hold the replicated state.")
+app = new_app("See and change the control nodes that hold the replicated state.")
 
 
 @command(app, "ls", examples=["prismctl peer ls", "prismctl --api node2:8008 peer ls"])
@@ -34,6 +34,69 @@ def info(
 
     found = _find(_list_peers(settings), peer)
     write_one(settings.format, found, found.name, PEER_FACTS)
+
+
+@command(app, "add", examples=["prismctl peer add node4:4200"])
+def add(
+    settings: Settings,
+    address: Annotated[
+        str, typer.Argument(metavar="HOST:PORT", help="Raft address of the node that waits.")
+    ],
+) -> None:
+    """Take in a node that waits to join: one started with `prismd --join=… --name=…`.
+
+    It receives the log first, and votes by itself once it has caught up.
+    """
+    from prism.cluster.v1 import cluster_pb2
+
+    from prism_cli.client import Client
+    from prism_cli.cluster_views import PEER_FACTS
+    from prism_cli.output import write_one
+
+    with Client(settings) as client:
+        request = cluster_pb2.AddPeerRequest(raft_address=address)
+        peer = client.call(lambda stubs: stubs.cluster.AddPeer, request)
+    write_one(settings.format, peer, peer.name, PEER_FACTS)
+
+
+@command(app, "rm", examples=["prismctl peer rm node2"])
+def rm(
+    settings: Settings,
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="Exact name or id.")],
+) -> None:
+    """Remove a control node. It may be stopped, or lead; then stop it and wipe its directory."""
+    from prism.cluster.v1 import cluster_pb2
+
+    from prism_cli.client import Client
+
+    with Client(settings) as client:
+        request = cluster_pb2.RemovePeerRequest(peer=peer)
+        client.call(lambda stubs: stubs.cluster.RemovePeer, request)
+    typer.echo(peer)
+
+
+@command(
+    app,
+    "transfer-leader",
+    examples=["prismctl peer transfer-leader", "prismctl peer transfer-leader node2"],
+)
+def transfer_leader(
+    settings: Settings,
+    peer: Annotated[
+        str,
+        typer.Argument(metavar="[PEER]", help="Exact name or id; default: the most up to date."),
+    ] = "",
+) -> None:
+    """Hand leadership to another control node, before its machine is taken down."""
+    from prism.cluster.v1 import cluster_pb2
+
+    from prism_cli.client import Client
+
+    with Client(settings) as client:
+        request = cluster_pb2.TransferLeadershipRequest(peer=peer)
+        answer = client.call(lambda stubs: stubs.cluster.TransferLeadership, request)
+    names = {one.id: one.name for one in _list_peers(settings)}
+    typer.echo(names.get(answer.leader_id, answer.leader_id))
 
 
 def _list_peers(settings: Settings) -> "list[cluster_pb2.Peer]":

@@ -8,12 +8,15 @@ import threading
 from collections.abc import Callable
 from http import HTTPStatus
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 
 from prism_common.addresses import Address, check_port_free
 
 logger = logging.getLogger(__name__)
+
+#: `_created` series would double the number of series; Prometheus takes them for gauges of no unit.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 #: Returns whether this process serves, and in words why not.
 Readiness = Callable[[], tuple[bool, str]]

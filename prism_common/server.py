@@ -44,12 +44,26 @@ class CallMetrics:
             ("grpc_service", "grpc_method", "grpc_code"),
             registry=registry,
         )
+        #: Children by their labels: looking one up costs more than counting.
+        self._children: dict[tuple[str, str, grpc.StatusCode], tuple[Counter, Histogram]] = {}
         self.handling = Histogram(
             "grpc_server_handling_seconds",
             "Time from the arrival of a call to its end.",
             ("grpc_service", "grpc_method"),
             registry=registry,
         )
+
+    def count(self, service: str, method: str, code: grpc.StatusCode, seconds: float) -> None:
+        """Count a call that has ended."""
+        key = (service, method, code)
+        children = self._children.get(key)
+        if children is None:
+            children = self._children[key] = (
+                self.handled.labels(service, method, code.name),
+                self.handling.labels(service, method),
+            )
+        children[0].inc()
+        children[1].observe(seconds)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -61,6 +75,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, metrics: CallMetrics) -> None:
         self._metrics = metrics
+        #: Wrapped handlers by method; only methods that are served are kept.
+        self._handlers: dict[str, Any] = {}
 
     async def intercept_service(
         self,
@@ -68,10 +84,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wrap the handler of the called method."""
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        service, _, method = handler_call_details.method.lstrip("/").partition("/")
+        wrapped = self._handlers.get(handler_call_details.method)
+        if wrapped is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            wrapped = self._handlers[handler_call_details.method] = self._wrap(
+                handler, handler_call_details.method
+            )
+        return wrapped
+
+    def _wrap(self, handler: Any, path: str) -> Any:
+        service, _, method = path.lstrip("/").partition("/")
         kind = (handler.request_streaming, handler.response_streaming)
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
@@ -137,8 +161,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _count(self, service: str, method: str, code: grpc.StatusCode, started: float) -> None:
-        self._metrics.handled.labels(service, method, code.name).inc()
-        self._metrics.handling.labels(service, method).observe(time.perf_counter() - started)
+        self._metrics.count(service, method, code, time.perf_counter() - started)
 
 
 def _as_prism_error(error: BaseException) -> PrismError | None:

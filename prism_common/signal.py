@@ -28,3 +28,36 @@ class Signal:
             await waiter
         finally:
             self._waiters.discard(waiter)
+
+
+class KeyedSignal:
+    """Wakes those who wait for one key, so that a change costs nothing to who waits for others.
+
+    The pattern is that of `Signal`. Keys that nobody waits for take no room.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: dict[str, set[asyncio.Future[None]]] = {}
+
+    def notify(self, key: str) -> None:
+        """Wake all who wait for a key now."""
+        for waiter in self._waiters.pop(key, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def notify_all(self) -> None:
+        """Wake all who wait for any key."""
+        for key in list(self._waiters):
+            self.notify(key)
+
+    async def wait(self, key: str) -> None:
+        """Return at the next notify of a key."""
+        waiter = asyncio.get_running_loop().create_future()
+        waiters = self._waiters.setdefault(key, set())
+        waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            waiters.discard(waiter)
+            if not waiters and self._waiters.get(key) is waiters:
+                del self._waiters[key]

@@ -5,6 +5,7 @@ a batch is whatever arrived meanwhile, and nobody sleeps through a fixed window.
 """
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
@@ -25,6 +26,17 @@ _BATCH_BYTES_MAX: Final = 1 * 2**20
 _ENTRIES_A_TURN_MAX: Final = 64
 #: Stop, start, and what the leader itself proposes. Bounded by its callers; this is the backstop.
 _OTHER_QUEUE_SIZE: Final = 20_000
+#: Under load a request waits this long for others to share its entry: each entry costs the leader,
+#: its followers and the disk as much as some tens of requests do. A lone request never waits.
+_LINGER_CREATE_S: Final = 0.005
+#: Placements and reports: each is the work of a whole pass, and one commit serves them all.
+_LINGER_OTHER_S: Final = 0.01
+#: How often it is looked whether they are due.
+_TICK_S: Final = 0.0025
+#: Load: more than so many users' requests a second, …
+_BUSY_RATE: Final = 400.0
+#: … averaged over this time.
+_BUSY_WINDOW_S: Final = 0.1
 #: Before anything was measured.
 _RETRY_DEFAULT_S: Final = 0.25
 _RETRY_MIN_S: Final = 0.05
@@ -95,6 +107,8 @@ class _Queue:
         #: Requests a second that left, smoothed; 0: not measured.
         self.drain_rate = 0.0
         self._drained_at = 0.0
+        #: When the oldest that waits came.
+        self.first_arrival = 0.0
 
     def put(self, item: _Item, now: float) -> None:
         """Add a request.
@@ -109,6 +123,8 @@ class _Queue:
             )
         self._interval_s = now - self._last_arrival
         self._last_arrival = now
+        if not self.items:
+            self.first_arrival = now
         self.items.append(item)
 
     def batching(self, now: float) -> bool:
@@ -132,6 +148,26 @@ class _Queue:
         wait_s = self.capacity / 10 / self.drain_rate if self.drain_rate else _RETRY_DEFAULT_S
         wait_s = min(max(wait_s, _RETRY_MIN_S), _RETRY_MAX_S)
         return wait_s * random.uniform(1.0, 1.5)  # noqa: S311
+
+
+class _Load:
+    """How many requests users make a second, as an average that fades."""
+
+    def __init__(self) -> None:
+        self._level = 0.0
+        self._at = float("-inf")
+
+    def add(self, count: int, now: float) -> None:
+        """Take note of requests."""
+        self._level = self._faded(now) + count
+        self._at = now
+
+    def busy(self, now: float) -> bool:
+        """Whether waiting for company is likely to be worth it."""
+        return self._faded(now) > _BUSY_RATE * _BUSY_WINDOW_S
+
+    def _faded(self, now: float) -> float:
+        return self._level * math.exp((self._at - now) / _BUSY_WINDOW_S)
 
 
 class Batcher:
@@ -160,6 +196,8 @@ class Batcher:
         self._queues = (self._others, self._creates, self._deletes)
         self._closed: PrismError | None = None
         self._last_ms = 0
+        self._load = _Load()
+        self._timer: asyncio.TimerHandle | None = None
         for queue in self._queues:
             metrics.rejected.labels(queue.op)
             metrics.batch_size.labels(queue.op)
@@ -184,13 +222,16 @@ class Batcher:
                 retry_after_s=5.0,
             )
         queue = self._queue_of(command)
+        now = time.monotonic()
         item = _Item(command, size, asyncio.get_running_loop().create_future())
+        if queue is not self._others:
+            self._load.add(1, now)
         try:
-            queue.put(item, time.monotonic())
+            queue.put(item, now)
         except QueueFullError:
             self._metrics.rejected.labels(queue.op).inc()
             raise
-        self._wake()
+        self._wake_for(queue, now)
         return await item.future
 
     def take(self) -> Sequence[EntryBatch]:
@@ -199,15 +240,48 @@ class Batcher:
         batches: list[EntryBatch] = []
         for queue in self._queues:
             batching = queue.batching(now)
+            if batching and not self._due(queue, now):
+                continue
             while queue.items and len(batches) < _ENTRIES_A_TURN_MAX:
                 items = self._take_items(queue, _BATCH_ITEMS_MAX if batching else 1)
                 if not items:
                     continue
                 self._metrics.batch_size.labels(queue.op).observe(len(items))
                 batches.append(EntryBatch(items, self._now_ms(), self._drain_counter(queue)))
-        if any(queue.items for queue in self._queues):
-            self._wake()
+        for queue in self._queues:
+            if queue.items:
+                self._wake_for(queue, now)
         return batches
+
+    def _due(self, queue: _Queue, now: float) -> bool:
+        """Whether a queue's requests have waited for company as long as they should.
+
+        Creates go no later than the deletes that came after them.
+        """
+        if queue is self._creates and self._deletes.items and self._due(self._deletes, now):
+            return True
+        linger_s = _LINGER_OTHER_S if queue is self._others else _LINGER_CREATE_S
+        return (
+            now >= queue.first_arrival + linger_s
+            or len(queue.items) >= _BATCH_ITEMS_MAX
+            or not self._load.busy(now)
+        )
+
+    def _wake_for(self, queue: _Queue, now: float) -> None:
+        """Have the driver take a queue's requests now, or once they are due."""
+        if not queue.batching(now) or self._due(queue, now):
+            self._wake()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        waiting = [queue for queue in self._queues if queue.items]
+        if any(self._due(queue, now) for queue in waiting):
+            self._wake()
+        elif waiting:
+            self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._ring)
 
     def fail_all(self, error: PrismError) -> None:
         """Fail what waits: it was not proposed, and is safe to retry."""

@@ -1,10 +1,16 @@
 """Rows of the state to protos."""
 
+import functools
+from typing import Final
+
 from google.protobuf import duration_pb2, timestamp_pb2
 from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_control.state.model import Amounts, NodeRow, RuntimeRow, SandboxRow, Spec
+
+#: Sandboxes are mostly made of a few specs, and building a proto costs ten times encoding it.
+_SPECS_MAX: Final = 256
 
 
 def timestamp(ms: int) -> timestamp_pb2.Timestamp | None:
@@ -21,8 +27,9 @@ def duration(ms: int) -> duration_pb2.Duration | None:
     return duration_pb2.Duration(seconds=ms // 1000, nanos=ms % 1000 * 1_000_000)
 
 
+@functools.lru_cache(maxsize=_SPECS_MAX)
 def spec_proto(spec: Spec) -> sandbox_pb2.SandboxSpec:
-    """Return the proto of a spec."""
+    """Return the proto of a spec. It is shared: never change it."""
     return sandbox_pb2.SandboxSpec(
         image=spec.image,
         limits=sandbox_pb2.Limits(

@@ -30,6 +30,8 @@ class SupervisorClient:
         self._socket: socket.socket | None = None
         self._hello: asyncio.Future[Message] | None = None
         self._stdin: dict[int, asyncio.Future[int]] = {}
+        #: The other end's; 0 before it has answered.
+        self.version = 0
         #: Packets that the socket had no room for, oldest first.
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
 
@@ -61,7 +63,8 @@ class SupervisorClient:
         except TimeoutError:
             self.close()
             raise SandboxGoneError("the sandbox's supervisor does not answer") from None
-        if hello.a != protocol.VERSION:
+        self.version = hello.a
+        if not protocol.VERSION_MIN <= hello.a <= protocol.VERSION:
             self.close()
             raise SandboxGoneError(f"the sandbox's supervisor is of version {hello.a}")
         return hello

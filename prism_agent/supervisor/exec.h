@@ -19,6 +19,7 @@ struct pipe_end {
 
 struct exec {
     bool used;
+    bool terminal; /* the first of the pipes is the master of its terminal, and there is no other */
     uint64_t number;
     pid_t pid; /* 0 once it has ended; also the number of its session */
     int ring;
@@ -56,6 +57,7 @@ void check_drained(struct exec *exec);
 void close_pipe(struct pipe_end *pipe);
 
 /* start.c */
+int set_window_size(int master, int64_t rows, int64_t columns);
 struct exec *find_exec(uint64_t number);
 void forget(struct exec *exec);
 int start_exec(const struct message *request, int *fds, int fd_count);

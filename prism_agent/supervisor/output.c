@@ -109,6 +109,9 @@ void check_drained(struct exec *exec)
     exec->window = -1;
     exec->tell = true;
     write_header(exec);
+    /* The program that the terminal was for has ended: hang up on what it left behind. */
+    if (exec->terminal)
+        close_pipe(&exec->pipes[0]);
 }
 
 /* Take one piece of output. False: nothing more can be taken now. */

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define PRISM_MAGIC 0x314d5350u /* "PSM1" */
-#define PRISM_VERSION 1
+#define PRISM_VERSION 2
 
 /* Execs that run at once, or have run and are not yet forgotten by the agent. */
 #define EXECS_MAX 640
@@ -30,10 +30,14 @@ enum request_kind {
     REQUEST_WAIT = 7,        /* exec, offset: UPDATE once there is output beyond it */
     REQUEST_FORGET = 8,      /* exec, which has ended */
     REQUEST_TERMINATE = 9,   /* SIGTERM to all; the supervisor ends with the last of them */
+    REQUEST_RESIZE = 10,     /* exec with a terminal, rows, columns; since version 2 */
 };
 
 #define EXEC_STDIN 1
 #define EXEC_OVERWRITE 2
+/* A terminal instead of pipes, of the rows from bit 16 and the columns from bit 32 of the flags; its
+ * input takes no descriptors. Since version 2. */
+#define EXEC_TERMINAL 4
 
 enum event_kind {
     EVENT_HELLO = 1,  /* a: version, b: execs */

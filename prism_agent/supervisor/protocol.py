@@ -6,7 +6,11 @@ from enum import IntEnum
 from typing import Final
 
 MAGIC: Final = 0x314D5350
-VERSION: Final = 1
+#: What is asked of supervisors. Those that an older agent has started are of an older version.
+VERSION: Final = 2
+VERSION_MIN: Final = 1
+#: The first that has terminals.
+VERSION_TERMINAL: Final = 2
 EXECS_MAX: Final = 640
 SPEC_BYTES_MAX: Final = 512 * 1024
 RING_HEADER_BYTES: Final = 4096
@@ -32,6 +36,7 @@ class Request(IntEnum):
     WAIT = 7
     FORGET = 8
     TERMINATE = 9
+    RESIZE = 10
 
 
 class Event(IntEnum):
@@ -63,8 +68,14 @@ class Reason(IntEnum):
 
 EXEC_STDIN: Final = 1
 EXEC_OVERWRITE: Final = 2
+_EXEC_TERMINAL: Final = 4
 #: Window of an exec that nobody reads: old output gives way to new.
 OVERWRITE: Final = -1
+
+
+def exec_terminal(rows: int, columns: int) -> int:
+    """Return the flags of an exec with a terminal of this size."""
+    return _EXEC_TERMINAL | rows << 16 | columns << 32
 
 
 class ProtocolError(Exception):

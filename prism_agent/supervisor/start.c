@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -102,7 +103,7 @@ static void execute(char **argv, char **env)
     fail_exec(argv[0], error);
 }
 
-static void run_child(int input, int output, int errors, int failure, uint32_t argc)
+static void run_child(int input, int output, int errors, int failure, bool terminal, uint32_t argc)
 {
     struct rlimit files = {open_files_max, open_files_max};
     sigset_t none;
@@ -113,6 +114,8 @@ static void run_child(int input, int output, int errors, int failure, uint32_t a
     for (int i = 0; i < 4; i++)
         if (away[i] < 0 || dup3(away[i], i, i == 3 ? O_CLOEXEC : 0) < 0)
             _exit(125);
+    if (terminal && ioctl(STDIN_FILENO, TIOCSCTTY, 0) != 0)
+        _exit(125);
     if (close_range(4, ~0u, 0) != 0)
         _exit(125);
     signal(SIGPIPE, SIG_DFL);
@@ -128,14 +131,38 @@ static void run_child(int input, int output, int errors, int failure, uint32_t a
     execute(&spec_strings[1], &spec_strings[1 + argc + 1]);
 }
 
+int set_window_size(int master, int64_t rows, int64_t columns)
+{
+    if (rows < 1 || rows > UINT16_MAX || columns < 1 || columns > UINT16_MAX)
+        return EINVAL;
+    struct winsize size = {.ws_row = (unsigned short)rows, .ws_col = (unsigned short)columns};
+    return ioctl(master, TIOCSWINSZ, &size) == 0 ? 0 : errno;
+}
+
+/* Make a terminal of the sandbox's own devpts. Its other end is had from the master, and not by a
+ * path; `ends` are master and slave. 0 or an errno. */
+static int open_terminal(int ends[2], int64_t rows, int64_t columns)
+{
+    int locked = 0;
+    if ((ends[0] = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC)) < 0 ||
+        ioctl(ends[0], TIOCSPTLCK, &locked) != 0 ||
+        (ends[1] = ioctl(ends[0], TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0)
+        return errno;
+    return set_window_size(ends[0], rows, columns);
+}
+
 /* Fork the exec's process. Takes no descriptor of the agent's; 0 or an errno. */
-static int start_process(struct exec *exec, int input, uint32_t argc)
+static int start_process(struct exec *exec, int input, int64_t flags, uint32_t argc)
 {
     int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
     int error = 0, null = -1;
-    for (int i = 0; i < 3 && !error; i++)
+    if (exec->terminal)
+        error = open_terminal(pipes[0], flags >> 16 & UINT16_MAX, flags >> 32 & UINT16_MAX);
+    for (int i = exec->terminal ? 2 : 0; i < 3 && !error; i++)
         if (pipe2(pipes[i], O_CLOEXEC) != 0)
             error = errno;
+    if (!error && exec->terminal)
+        input = pipes[0][1];
     if (!error && input < 0 && (null = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0)
         error = errno;
     if (!error) {
@@ -145,7 +172,8 @@ static int start_process(struct exec *exec, int input, uint32_t argc)
         write_header(exec);
         exec->pid = fork();
         if (exec->pid == 0)
-            run_child(input < 0 ? null : input, pipes[0][1], pipes[1][1], pipes[2][1], argc);
+            run_child(input < 0 ? null : input, pipes[0][1], pipes[exec->terminal ? 0 : 1][1],
+                      pipes[2][1], exec->terminal, argc);
         if (exec->pid < 0) {
             error = errno;
             exec->pid = 0;
@@ -157,7 +185,7 @@ static int start_process(struct exec *exec, int input, uint32_t argc)
         close_fd(&pipes[i][1]);
         if (error)
             close_fd(&pipes[i][0]);
-        else
+        else if (pipes[i][0] >= 0)
             fcntl(pipes[i][0], F_SETFL, O_NONBLOCK);
     }
     close_fd(&null);
@@ -169,12 +197,12 @@ static int start_process(struct exec *exec, int input, uint32_t argc)
 
 int start_exec(const struct message *request, int *fds, int fd_count)
 {
-    bool with_stdin = request->b & EXEC_STDIN;
+    bool with_stdin = request->b & EXEC_STDIN, terminal = request->b & EXEC_TERMINAL;
     uint32_t argc = 0;
     struct exec *exec = NULL;
     if (terminating)
         return ESHUTDOWN;
-    if (fd_count != (with_stdin ? 4 : 2) || request->a < 0)
+    if (fd_count != (with_stdin && !terminal ? 4 : 2) || request->a < 0)
         return EBADMSG;
     if (find_exec(request->exec))
         return EEXIST;
@@ -182,7 +210,7 @@ int start_exec(const struct message *request, int *fds, int fd_count)
         exec = execs[i].used ? NULL : &execs[i];
     if (!exec)
         return ENOBUFS;
-    *exec = (struct exec){.number = request->exec, .ring = -1, .stdin_write = -1, .failure = -1,
+    *exec = (struct exec){.number = request->exec, .terminal = terminal, .ring = -1, .stdin_write = -1, .failure = -1,
                           .pipes = {{.fd = -1}, {.fd = -1}}, .wait_offset = 0};
     struct stat status;
     if (fstat(fds[1], &status) != 0 || !S_ISREG(status.st_mode) ||
@@ -197,12 +225,15 @@ int start_exec(const struct message *request, int *fds, int fd_count)
     exec->window = request->b & EXEC_OVERWRITE ? -1 : (int64_t)exec->header.capacity;
     exec->ring = fds[1];
     fds[1] = -1;
-    error = start_process(exec, with_stdin ? fds[2] : -1, argc);
+    error = start_process(exec, with_stdin && !terminal ? fds[2] : -1, request->b, argc);
     if (error) {
         forget(exec);
         return error;
     }
-    if (with_stdin) {
+    if (with_stdin && terminal) {
+        /* Without one its input stays open and says nothing; the program runs already. */
+        exec->stdin_write = fcntl(exec->pipes[0].fd, F_DUPFD_CLOEXEC, 0);
+    } else if (with_stdin) {
         exec->stdin_write = fds[3];
         fds[3] = -1;
     }

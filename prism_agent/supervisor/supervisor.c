@@ -187,6 +187,11 @@ static void record_exit(struct exec *exec, int status)
     close_fd(&exec->stdin_write);
     for (int stream = 0; stream < 2; stream++) {
         int pending = 0;
+        if (exec->terminal) {
+            /* What it wrote may not have come through yet: only reading it all tells. */
+            exec->pipes[stream].pending = exec->pipes[stream].fd >= 0 ? INT64_MAX : 0;
+            continue;
+        }
         if (exec->pipes[stream].fd >= 0 && ioctl(exec->pipes[stream].fd, FIONREAD, &pending) == 0)
             exec->pipes[stream].pending = pending;
     }
@@ -247,6 +252,11 @@ static int handle_for_exec(const struct message *request, struct exec *exec)
     case REQUEST_STDIN:
         answer(EVENT_STDIN, exec->number, exec->stdin_write < 0 ? EPIPE : 0, 0, exec->stdin_write);
         return 0;
+    case REQUEST_RESIZE:
+        if (!exec->terminal)
+            return ENOTTY;
+        /* The kernel sends SIGWINCH. One that has ended has nobody to tell. */
+        return exec->pid > 0 ? set_window_size(exec->pipes[0].fd, request->a, request->b) : 0;
     case REQUEST_WINDOW:
         if (exec->header.state != STATE_DRAINED)
             exec->window = request->a < 0 ? -1 : request->a;

@@ -7,7 +7,7 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_common.channels import ChannelPool
 from prism_common.errors import NotFoundError
-from prism_common.signal import Signal
+from prism_common.signal import KeyedSignal, Signal
 from prism_control.api.forward import Forwarder
 from prism_control.state.commands import Command
 from prism_control.state.machine import Machine
@@ -22,6 +22,7 @@ class ApiContext:
     Attributes:
         machine: The replicated state; read it without an await in between.
         changed: Notified after each change of the state.
+        sandbox_changed: Notified, by id, after each change of a sandbox.
         submit: Proposes a command and returns its result; on the leader.
         read_barrier: Returns once `machine` holds all that was acknowledged before.
         forwarder: Serves writes here or on the leader.
@@ -31,6 +32,7 @@ class ApiContext:
 
     machine: Callable[[], Machine]
     changed: Signal
+    sandbox_changed: KeyedSignal
     submit: Callable[[Command, int], Awaitable[Result]]
     read_barrier: Callable[[], Awaitable[None]]
     forwarder: Forwarder

@@ -16,12 +16,12 @@ from prism_common.errors import (
     InvalidArgumentError,
     NodeUnreachableError,
     NoLeaderError,
-    NotServedError,
     SandboxGoneError,
     WrongStateError,
 )
 from prism_common.names import shorten
 from prism_common.status import RemoteError, from_rpc_error
+from prism_common.streams import whole
 from prism_control.api import validation
 from prism_control.api.context import ApiContext, exact_sandbox
 from prism_control.api.forward import time_left_s
@@ -29,7 +29,12 @@ from prism_control.state.machine import Machine
 from prism_control.state.model import SandboxRow, SandboxState
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-First = TypeVar("First", sandbox_pb2.ExecRequest, sandbox_pb2.AttachExecRequest)
+First = TypeVar(
+    "First",
+    sandbox_pb2.ExecRequest,
+    sandbox_pb2.AttachExecRequest,
+    sandbox_pb2.WriteFileRequest,
+)
 Response = TypeVar("Response", bound=Message)
 
 #: A read waits so long for a quorum; an election is over by then.
@@ -45,10 +50,12 @@ _ON_A_NODE: Final = frozenset(
     }
 )
 _RUNS: Final = frozenset({SandboxState.READY})
+#: Its files can be reached.
+_HAS_PROCESSES: Final = frozenset({SandboxState.READY, SandboxState.PAUSED})
 
 
 class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
-    """Exec and logs."""
+    """Execs, logs and files."""
 
     def __init__(self, api: ApiContext) -> None:
         self._api = api
@@ -116,50 +123,76 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         request.sandbox = row.id
         return await _ask(self._agent(row).SignalExec(request, timeout=time_left_s(context)), row)
 
-    # ── Files: not served yet ────────────────────────────────────────────────────────────────
+    # ── Files ────────────────────────────────────────────────────────────────────────────────
 
     async def ReadFile(
         self, request: sandbox_pb2.ReadFileRequest, context: Context
     ) -> AsyncIterator[sandbox_pb2.ReadFileResponse]:
-        """Not served yet."""
-        raise NotServedError("the file API")
-        yield
+        """Stream a file's contents."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        call = self._agent(row).ReadFile(request, timeout=_deadline(context))
+        async for response in _relay(call, row):
+            yield response
 
     async def WriteFile(
         self, request_iterator: AsyncIterator[sandbox_pb2.WriteFileRequest], context: Context
     ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise NotServedError("the file API")
+        """Pass a file on. The agent is told that it is complete only if the client said so."""
+        first = await anext(request_iterator, None)
+        if first is None:
+            raise InvalidArgumentError("path: the first message has sandbox and path", field="path")
+        row = await self._locate(first.sandbox, _HAS_PROCESSES, context)
+        first.sandbox = row.id
+        call = self._agent(row).WriteFile(timeout=_deadline(context))
+        try:
+            await _write_all(call, _chain(first, whole(request_iterator, context)))
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise _from_agent(error, row) from None
+        finally:
+            call.cancel()
 
     async def ListFiles(
         self, request: sandbox_pb2.ListFilesRequest, context: Context
     ) -> sandbox_pb2.ListFilesResponse:
-        """Not served yet."""
-        raise NotServedError("the file API")
+        """List a directory."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        return await _ask(self._agent(row).ListFiles(request, timeout=time_left_s(context)), row)
 
     async def StatFile(
         self, request: sandbox_pb2.StatFileRequest, context: Context
     ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise NotServedError("the file API")
+        """Describe a path."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        return await _ask(self._agent(row).StatFile(request, timeout=time_left_s(context)), row)
 
     async def MakeDirectory(
         self, request: sandbox_pb2.MakeDirectoryRequest, context: Context
     ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise NotServedError("the file API")
+        """Make a directory."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        call = self._agent(row).MakeDirectory(request, timeout=time_left_s(context))
+        return await _ask(call, row)
 
     async def MoveFile(
         self, request: sandbox_pb2.MoveFileRequest, context: Context
     ) -> sandbox_pb2.FileInfo:
-        """Not served yet."""
-        raise NotServedError("the file API")
+        """Rename a path."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        return await _ask(self._agent(row).MoveFile(request, timeout=time_left_s(context)), row)
 
     async def RemoveFile(
         self, request: sandbox_pb2.RemoveFileRequest, context: Context
     ) -> empty_pb2.Empty:
-        """Not served yet."""
-        raise NotServedError("the file API")
+        """Remove a path."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        return await _ask(self._agent(row).RemoveFile(request, timeout=time_left_s(context)), row)
 
     # ── Where it runs ────────────────────────────────────────────────────────────────────────
 
@@ -214,6 +247,21 @@ async def _chain(first: First, rest: AsyncIterator[First]) -> AsyncIterator[Firs
     yield first
     async for request in rest:
         yield request
+
+
+async def _write_all(
+    call: grpc.aio.StreamUnaryCall[sandbox_pb2.WriteFileRequest, sandbox_pb2.FileInfo],
+    requests: AsyncIterator[sandbox_pb2.WriteFileRequest],
+) -> None:
+    """Write all to an agent, as fast as it takes them."""
+    async for request in requests:
+        try:
+            await call.write(request)
+        except asyncio.InvalidStateError:
+            # It has ended the call; its status says why.
+            return
+    if not call.done():
+        await call.done_writing()
 
 
 async def _relay(call: Any, row: SandboxRow) -> AsyncIterator[Any]:

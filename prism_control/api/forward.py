@@ -30,6 +30,8 @@ _CALL_TIMEOUT_S: Final = 60.0
 #: An election takes 1 to 2 s, and another after a split vote; then the caller is told.
 _LEADER_WAIT_S: Final = 6.0
 _RETRY_AFTER_S: Final = 1.0
+#: For a member that leads no more to answer.
+_MOVED_GRACE_S: Final = 0.5
 #: Before the same leader is tried again.
 _PAUSE_S: Final = 0.05
 #: Nothing was done, or it may be sent again because its request id makes it happen once.
@@ -157,9 +159,13 @@ class Forwarder:
     async def _cancel_when_moved(
         self, call: grpc.aio.UnaryUnaryCall[Any, Any], address: str
     ) -> None:
-        """Give a call up once another leads: a leader that hangs may answer only much later."""
+        """Give a call up once another leads: a leader that hangs may answer only much later.
+
+        One that lives says by itself what became of it, and gets the time to.
+        """
         while not self._view.leads and self._view.leader_api_address in ("", address):
             await self._view.changed.wait()
+        await asyncio.sleep(_MOVED_GRACE_S)
         call.cancel()
 
     async def _wait_for_change(self, ends: float) -> None:

@@ -40,6 +40,7 @@ _EVENTS_A_TURN: Final = 500
 _PAGE_BYTES_MAX: Final = limits.MESSAGE_BYTES_MAX - 512 * limits.KIB
 #: Answered before the call's own deadline, so that the caller gets a reason and not a bare timeout.
 _DEADLINE_MARGIN_S: Final = 0.05
+_WAITS: Final = frozenset(sandbox_pb2.WaitUntil.values())
 #: States from which READY does not follow by itself.
 _NEVER_READY: Final = frozenset(
     {
@@ -68,7 +69,7 @@ class SandboxServicer(DataPath):
         if request.name:
             names.validate_name(request.name, "name")
         validation.spec_of(request.spec)
-        if request.wait_until not in sandbox_pb2.WaitUntil.values():
+        if request.wait_until not in _WAITS:
             raise InvalidArgumentError(
                 f"wait_until: {request.wait_until} is not COMMITTED or READY", field="wait_until"
             )
@@ -197,7 +198,7 @@ class SandboxServicer(DataPath):
             await self._wait_change(ends, latest)
 
     async def _wait_change(self, ends: float, row: SandboxRow) -> None:
-        """Wait for any change.
+        """Wait for a change of a sandbox.
 
         Args:
             ends: The loop's time at the call's deadline.
@@ -208,7 +209,7 @@ class SandboxServicer(DataPath):
         """
         try:
             async with asyncio.timeout_at(ends - _DEADLINE_MARGIN_S):
-                await self._api.changed.wait()
+                await self._api.sandbox_changed.wait(row.id)
         except TimeoutError:
             why = "; ".join(f"{r.node_name}: {r.reason}" for r in row.placement)
             raise DeadlineError(

@@ -3,23 +3,30 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar, cast
 
 from prism_common.errors import (
     NotLeaderError,
     OutcomeUnknownError,
     PrismError,
     QueueFullError,
+    StoppingError,
 )
 from prism_common.signal import Signal
 from prism_control.metrics import RaftMetrics
 from prism_control.node.barriers import ReadBarriers
 from prism_control.node.compaction import Compaction, SnapshotPolicy, Snapshotted
+from prism_control.raft.confchange import ConfigurationChange
 from prism_control.raft.core import Core
-from prism_control.raft.errors import ProposalDroppedError
+from prism_control.raft.errors import (
+    InvalidRequestError,
+    NotReadyError,
+    ProposalDroppedError,
+)
+from prism_control.raft.errors import NotLeaderError as RaftNotLeaderError
 from prism_control.raft.types import (
     NOBODY,
     Configuration,
@@ -37,6 +44,8 @@ from prism_control.storage.log import LogStore
 from prism_control.storage.snapshots import SnapshotStore
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: Twenty ticks are an election timeout of 1 s, drawn from [1 s, 2 s).
 TICK_S: Final = 0.05
@@ -131,12 +140,18 @@ class Driver:
         self._compaction = Compaction(
             core, store, snapshots, machine, self._disk, self.wake, policy or SnapshotPolicy()
         )
+        #: What others want done to the core, between two turns.
+        self._asks: list[tuple[Callable[[Core], object], asyncio.Future[object]]] = []
+        self._transfers: list[asyncio.Future[bool]] = []
+        self._shown_configuration = (core.configuration, core.is_settled)
+        #: Told of each configuration that comes into force.
+        self.on_configuration: Callable[[Configuration], None] = lambda _: None
         self._soft_state = SoftState(Role.FOLLOWER, NOBODY, core.term)
         #: Index of the first entry of the own term, while this member leads; else 0.
         self._own_term_index = 0
         #: True while a write waits for room on the disk.
         self.disk_full = False
-        #: Notified when role, leader, term or readiness to lead change.
+        #: Notified when role, leader, term, readiness to lead or the configuration change.
         self.changed = Signal()
         self.leader_changes = 0
 
@@ -206,6 +221,49 @@ class Driver:
         self._wake.set()
         await read
 
+    async def ask(self, act: Callable[[Core], T]) -> T:
+        """Do something to the core, which nobody else may touch, in the loop's next turn.
+
+        Raises:
+            Whatever `act` raises.
+        """
+        future: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        self._asks.append((act, future))
+        self._wake.set()
+        return cast("T", await future)
+
+    async def change_members(self, change: ConfigurationChange) -> None:
+        """Change the configuration; return once the new one is committed and no longer joint.
+
+        Raises:
+            NotLeaderError, InvalidRequestError, NotReadyError: Nothing was proposed.
+            OutcomeUnknownError: Leadership was lost meanwhile.
+        """
+        term = self._core.term
+        index = await self.ask(lambda core: core.propose_configuration(change))
+        while not (self._core.commit >= index and self._core.is_settled):
+            if self._core.term != term or self._core.replication is None:
+                # A leader that removes itself lets go once that is committed.
+                if self._core.commit >= index:
+                    return
+                raise OutcomeUnknownError("leadership was lost while members changed")
+            await self.changed.wait()
+
+    async def transfer_leadership(self, to: MemberId) -> bool:
+        """Hand leadership over; return whether `to` leads now.
+
+        Raises:
+            NotLeaderError, InvalidRequestError, NotReadyError: Nothing was begun.
+        """
+        transfer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def begin(core: Core) -> None:
+            core.transfer(to)
+            self._transfers.append(transfer)
+
+        await self.ask(begin)
+        return await transfer
+
     # ── The loop ─────────────────────────────────────────────────────────────────────────────
 
     async def run(self, transport: MessageSink) -> None:
@@ -228,6 +286,7 @@ class Driver:
                     await self._compaction.turn(tasks)
         finally:
             self._reads.close()
+            self._close_asks()
             self._fail_all(OutcomeUnknownError("this member is stopping; the outcome is unknown"))
             self._disk.shutdown(wait=True)
 
@@ -262,6 +321,7 @@ class Driver:
         reports, self._snapshot_reports = self._snapshot_reports, []
         for member, ok in reports:
             self._core.report_snapshot(member, ok)
+        self._do_asks()
         self._reads.ask(self._core)
         if self._core.replication is not None:
             self._propose(self._source.take())
@@ -269,6 +329,23 @@ class Driver:
             self._source.fail_all(
                 NotLeaderError("this member does not lead; nothing was proposed", retry_after_s=0.1)
             )
+
+    def _close_asks(self) -> None:
+        waiting = [future for _, future in self._asks] + list(self._transfers)
+        self._asks, self._transfers = [], []
+        for future in waiting:
+            if not future.done():
+                future.set_exception(StoppingError("this member is stopping", retry_after_s=0.5))
+
+    def _do_asks(self) -> None:
+        asks, self._asks = self._asks, []
+        for act, future in asks:
+            if future.done():
+                continue
+            try:
+                future.set_result(act(self._core))
+            except (RaftNotLeaderError, InvalidRequestError, NotReadyError) as error:
+                future.set_exception(error)
 
     def _propose(self, batches: Sequence[Batch]) -> None:
         for batch in batches:
@@ -292,6 +369,12 @@ class Driver:
             await self._compaction.install(ready.snapshot)
         await self._apply(ready.committed)
         self._reads.answer(ready, self._core.applied_index)
+        if ready.transfer is not None:
+            transfers, self._transfers = self._transfers, []
+            for transfer in transfers:
+                if not transfer.done():
+                    transfer.set_result(ready.transfer.succeeded)
+        self._show_configuration()
 
     async def _persist(self, ready: Ready) -> None:
         loop = asyncio.get_running_loop()
@@ -374,6 +457,14 @@ class Driver:
                 OutcomeUnknownError("leadership was lost while it was under way", retry_after_s=0.5)
             )
         self.changed.notify()
+
+    def _show_configuration(self) -> None:
+        now = (self._core.configuration, self._core.is_settled)
+        before, self._shown_configuration = self._shown_configuration, now
+        if now[0] is not before[0]:
+            self.on_configuration(now[0])
+        if now != before:
+            self.changed.notify()
 
     def _fail_all(self, error: Exception) -> None:
         pending, self._pending = self._pending, {}

@@ -11,7 +11,8 @@ import msgspec
 from prism.raft.v1 import raft_pb2, raft_pb2_grpc
 
 from prism_common import channels
-from prism_common.errors import StartupError
+from prism_common.errors import AlreadyExistsError, StartupError
+from prism_common.status import from_rpc_error
 from prism_control.raft import formation
 from prism_control.raft.configuration import bootstrap
 from prism_control.raft.formation import PeerView
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _ASK_INTERVAL_S: Final = 0.2
 _ASK_TIMEOUT_S: Final = 1.0
+#: The leader answers once the change is committed.
+_JOIN_TIMEOUT_S: Final = 12.0
 #: With --strict-join, no cluster after this time is a failure.
 _STRICT_TIMEOUT_S: Final = 60.0
 
@@ -66,7 +69,7 @@ class FormationEdge:
         self._expected = expected
         self._join = join
         self._store = store
-        self._configuration = Configuration()
+        self._configuration: Callable[[], Configuration] = Configuration
         self._cluster_id = ""
         #: What is being waited for, for people.
         self.waiting_for = ""
@@ -74,7 +77,7 @@ class FormationEdge:
     def started(self, cluster_id: str, configuration: Callable[[], Configuration]) -> None:
         """Say from now on that this member belongs to a cluster."""
         self._cluster_id = cluster_id
-        self._configuration = configuration()
+        self._configuration = configuration
 
     def discover(self, request: raft_pb2.DiscoverRequest) -> raft_pb2.DiscoverResponse:
         """Answer Discover."""
@@ -84,7 +87,7 @@ class FormationEdge:
             cluster_id=self._cluster_id,
             bootstrap_expect=self._expected,
             accepted_cluster_id=accepted.cluster_id if accepted else "",
-            configuration=wire.encode_configuration(self._configuration),
+            configuration=wire.encode_configuration(self._configuration()),
         )
 
     def form(self, request: raft_pb2.FormRequest) -> raft_pb2.FormResponse:
@@ -116,6 +119,43 @@ class FormationEdge:
             raise StartupError(f"--strict-join: no cluster yet: {self.waiting_for}") from None
         finally:
             await pool.close()
+
+    async def join(self, strict: bool) -> None:
+        """Return once a running cluster has taken this member in, as a learner at first.
+
+        Raises:
+            StartupError: It was refused for good; or, with `strict`, not taken in in a minute.
+        """
+        pool = channels.ChannelPool()
+        try:
+            async with asyncio.timeout(_STRICT_TIMEOUT_S if strict else None):
+                while not await self._ask_to_join(pool):  # noqa: ASYNC110 - others are asked again
+                    await asyncio.sleep(_ASK_INTERVAL_S)
+        except TimeoutError:
+            raise StartupError(f"--strict-join: not joined yet: {self.waiting_for}") from None
+        finally:
+            await pool.close()
+
+    async def _ask_to_join(self, pool: channels.ChannelPool) -> bool:
+        request = raft_pb2.JoinRequest(member=wire.encode_member(self._me))
+        addresses = list(self._join)
+        for address in addresses:
+            stub = raft_pb2_grpc.RaftServiceStub(pool.get(address))
+            try:
+                answer = await stub.Join(request, timeout=_JOIN_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                remote = from_rpc_error(error)
+                if remote.code == AlreadyExistsError.reason:
+                    raise StartupError(f"--join: {address}: {remote.message}") from None
+                leader = remote.metadata.get("leader", "")
+                if leader and leader not in addresses:
+                    addresses.append(leader)
+                self._wait(f"{address}: {remote.message}")
+                continue
+            self._store.join(answer.cluster_id)
+            logger.info("joined cluster %s by %s", answer.cluster_id, address)
+            return True
+        return False
 
     async def check_cluster(self, cluster_id: str) -> None:
         """Refuse to start with the data directory of another cluster than the peers'.
@@ -152,7 +192,7 @@ class FormationEdge:
 
     def _wait(self, reason: str) -> None:
         if reason != self.waiting_for:
-            logger.info("forming a cluster: %s", reason)
+            logger.info("no cluster yet: %s", reason)
         self.waiting_for = reason
 
     async def _ask_all(self, pool: channels.ChannelPool) -> Iterable[PeerView]:
@@ -226,7 +266,7 @@ class FormationEdge:
     def _start(self, cluster_id: str, configuration: Configuration) -> None:
         hard_state, entry = bootstrap(configuration)
         self._store.bootstrap(cluster_id, hard_state, entry)
-        self._cluster_id, self._configuration = cluster_id, configuration
+        self._cluster_id, self._configuration = cluster_id, lambda: configuration
         logger.info(
             "cluster %s is formed by %s",
             cluster_id,

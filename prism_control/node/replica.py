@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from prism_common.signal import Signal
-from prism_control.state.events import Event
+from prism_common.signal import KeyedSignal, Signal
+from prism_control.state.events import Event, SandboxChanged
 from prism_control.state.machine import Machine
 from prism_control.state.snapshot import encode_snapshot
 
@@ -17,6 +17,8 @@ class Replica:
         self.machine = Machine()
         #: Notified after each entry that changed something.
         self.changed = Signal()
+        #: Notified, by id, of each sandbox that an entry changed.
+        self.sandbox_changed = KeyedSignal()
         #: Told of each entry's changes, in order.
         self.listener: Listener | None = None
 
@@ -26,6 +28,9 @@ class Replica:
         if events:
             if self.listener is not None:
                 self.listener(events)
+            for event in events:
+                if isinstance(event, SandboxChanged):
+                    self.sandbox_changed.notify(event.row.id)
             self.changed.notify()
         return results
 
@@ -40,6 +45,7 @@ class Replica:
 
         def become() -> None:
             self.machine = machine
+            self.sandbox_changed.notify_all()
             self.changed.notify()
 
         return become

@@ -16,7 +16,7 @@ from prism.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
 from prism_common.addresses import Address
 from prism_common.channels import ChannelPool
-from prism_common.errors import NotServedError, PrismError, StartupError
+from prism_common.errors import PrismError, StartupError
 from prism_common.metrics_server import MetricsServer
 from prism_common.names import generate_name
 from prism_common.server import RpcServer
@@ -33,6 +33,7 @@ from prism_control.metrics import ControlMetrics, StatusCollector
 from prism_control.node.driver import TICK_S, Driver
 from prism_control.node.formation import FormationEdge, new_cluster_id
 from prism_control.node.leader import Leadership
+from prism_control.node.membership import Membership
 from prism_control.node.replica import Replica
 from prism_control.node.settings import NodeSettings
 from prism_control.node.status import NodeStatus
@@ -44,7 +45,7 @@ from prism_control.raft.types import Configuration, Member, SnapshotRequest
 from prism_control.storage.directory import DataDirectory
 from prism_control.storage.errors import DiskFullError, StorageError
 from prism_control.storage.log import Identity, LogStore
-from prism_control.storage.snapshots import SnapshotStore
+from prism_control.storage.snapshots import SnapshotStore, encode_records
 from prism_control.transport.peers import RAFT_MESSAGE_BYTES_MAX, Transport
 from prism_control.transport.service import RaftPort, RaftServicer
 from prism_control.transport.snapshots import send_snapshot
@@ -80,6 +81,7 @@ class ControlNode:
         self._driver: Driver | None = None
         self._status: NodeStatus | None = None
         self._leadership: Leadership | None = None
+        self._membership: Membership | None = None
         self._formation: FormationEdge | None = None
         self._stopping = asyncio.Event()
         self._me = Member(0, "", "", "")
@@ -217,8 +219,8 @@ class ControlNode:
             logger.info("cluster %s is formed by %s alone", cluster_id, self._me.name)
         elif settings.bootstrap_expect and formation is not None:
             await formation.run(settings.strict_join)
-        elif settings.join:
-            raise NotServedError("--join without --bootstrap-expect (joining a running cluster)")
+        elif settings.join and formation is not None:
+            await formation.join(settings.strict_join)
         else:
             raise StartupError(
                 f"--data-dir {settings.data_dir} is new: give --bootstrap to start a single node, "
@@ -257,10 +259,13 @@ class ControlNode:
             work.add(task)
             task.add_done_callback(work.discard)
 
-        transport = Transport(identity.cluster_id, self._me.id, driver.report_unreachable, send)
+        transport = Transport(identity.cluster_id, self._me, driver.report_unreachable, send)
+        driver.on_configuration = transport.update
+        membership = self._membership = Membership(driver, self._peers)
         self._status = NodeStatus(
-            self._me, identity.cluster_id, driver, transport, self._replica, batcher
-        )
+            self._me, identity.cluster_id, driver, transport, self._replica, batcher,
+            directory.has_room,
+        )  # fmt: skip
         if self._formation is not None:
             self._formation.started(identity.cluster_id, lambda: driver.configuration)
         self._leadership = Leadership(
@@ -272,8 +277,9 @@ class ControlNode:
             RaftPort(
                 cluster_id=identity.cluster_id,
                 me=self._me.id,
-                configuration=lambda: driver.configuration,
                 receive=driver.receive,
+                meet=transport.meet,
+                join=membership.join,
                 heard=transport.heard,
                 snapshots=snapshots,
             )
@@ -377,13 +383,21 @@ class ControlNode:
         context = ApiContext(
             machine=lambda: self._replica.machine,
             changed=self._replica.changed,
+            sandbox_changed=self._replica.sandbox_changed,
             submit=batcher.submit,
             read_barrier=self._read_barrier,
             forwarder=Forwarder(self, self._peers),
             agents=self._agents,
             last_seen_ms=self._last_seen_ms,
         )
-        view = ClusterView(cluster=self._cluster, peers=self._peer_protos)
+        view = ClusterView(
+            cluster=self._cluster,
+            peers=self._peer_protos,
+            members=lambda: self._membership,
+            forwarder=context.forwarder,
+            read_barrier=self._read_barrier,
+            backup=lambda: encode_records(self._replica.snapshot()()),
+        )
         server.add(sandbox_pb2_grpc.add_SandboxServiceServicer_to_server, SandboxServicer(context))
         server.add(node_pb2_grpc.add_NodeServiceServicer_to_server, NodeServicer(context))
         server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, ClusterServicer(view))

@@ -1,6 +1,7 @@
 """What a node tells of itself: gauges, peers, the cluster, and readiness in words."""
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 from google.protobuf import timestamp_pb2
@@ -31,6 +32,7 @@ class NodeStatus:
     Args:
         me: This member.
         cluster_id: Its cluster.
+        has_room: Whether its disk takes more commands.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class NodeStatus:
         transport: Transport,
         replica: Replica,
         batcher: Batcher,
+        has_room: Callable[[], bool],
     ) -> None:
         self._me = me
         self._cluster_id = cluster_id
@@ -48,6 +51,7 @@ class NodeStatus:
         self._transport = transport
         self._replica = replica
         self._batcher = batcher
+        self._has_room = has_room
         self._started = time.monotonic()
 
     # ── Gauges ───────────────────────────────────────────────────────────────────────────────
@@ -97,12 +101,20 @@ class NodeStatus:
     def readiness(self) -> tuple[bool, str]:
         """Return whether this member serves, and what is wrong or who leads."""
         leader = self._driver.leader
+        members = self._driver.configuration.ids()
+        if members and self._me.id not in members:
+            return False, (
+                "this member was removed from the cluster: stop it; to bring it back, start it "
+                "with an empty --data-dir and --join"
+            )
         if self._driver.disk_full:
             return False, "the disk is full: nothing is written until there is room"
         if leader is None:
             return False, self._no_leader()
         if leader.id == self._me.id and not self._driver.leads:
             return False, "leads, and is still applying what earlier leaders committed"
+        if leader.id == self._me.id and not self._has_room():
+            return False, "leads, and the disk is full: writes are refused until there is room"
         return True, f"{leader.name} leads in term {self._driver.core.term}"
 
     def warnings(self) -> list[str]:
@@ -143,6 +155,9 @@ class NodeStatus:
         ]
 
     def _is_reachable(self, member_id: MemberId) -> bool:
+        # Followers have nothing to say to each other: that the stream stands must do.
+        if not self._driver.leads and self._transport.is_connected(member_id):
+            return True
         heard = self._transport.last_contact.get(member_id, self._started)
         return time.monotonic() - heard < UNREACHABLE_S
 

@@ -5,12 +5,13 @@ exactly the expected number, and that its id is the smallest, it proposes them a
 configuration under a new cluster id. Each member accepts durably; when *all* have accepted, the
 proposer starts, and the others start when they see that it has.
 
-Why there is never a second cluster: a member that has started accepts nothing more, and a
-configuration starts only after every member in it has accepted. So when one has started, its
-proposer and whoever followed can be in no other; a member that had accepted it and was then won
-over by another proposal can complete that one only with N others that have not started, and the
-two sets would need N + 1 members or more, while each member counts exactly N or waits. A majority
-of started members, which every decision needs, exists for at most one of them.
+Why there is never a second cluster with a majority of started members, even if more members than
+expected find each other: a configuration starts only after every member in it has accepted, and
+its proposer is the first to start. A member that has accepted keeps that promise: it accepts
+something else only of the same proposer, which thereby gives up what it had proposed before, and has
+not started. So of two configurations that start, no member is in both, or one proposer has started
+twice, which it does not. If the proposer itself is lost for good before it has started, the others
+must be started anew with empty data directories; nothing is in them yet.
 
 Pure: the edge asks, persists and sends.
 """
@@ -65,13 +66,16 @@ class Start:
     configuration: Configuration
 
 
-def decide(me: Member, expected: int, peers: Iterable[PeerView]) -> Wait | Propose | Start:
+def decide(
+    me: Member, expected: int, peers: Iterable[PeerView], accepted: Configuration = Configuration()
+) -> Wait | Propose | Start:
     """Return what a member that has not started does next.
 
     Args:
         me: This member.
         expected: Its --bootstrap-expect.
         peers: What the others answered just now; an answer of this member itself is ignored.
+        accepted: What this member has accepted, durably; without voters if nothing.
     """
     others = {peer.member.id: peer for peer in peers if peer.member.id != me.id}
     for _, peer in sorted(others.items()):
@@ -97,14 +101,30 @@ def decide(me: Member, expected: int, peers: Iterable[PeerView]) -> Wait | Propo
         )
     if me.id > min(others, default=me.id):
         return Wait("waiting for the proposal of the member with the smallest id")
+    if accepted.voters and me.id != min(accepted.voters):
+        return Wait(_promised(accepted))
     members = tuple(sorted((me, *(p.member for p in others.values())), key=lambda m: m.id))
     return Propose(Configuration(voters=tuple(m.id for m in members), members=members))
 
 
 def may_accept(
-    me: MemberId, expected: int, configuration: Configuration, proposer: MemberId
+    me: MemberId,
+    expected: int,
+    configuration: Configuration,
+    proposer: MemberId,
+    accepted: Configuration = Configuration(),
 ) -> str:
-    """Return why a member that has not started refuses a proposal; empty: it accepts."""
+    """Return why a member that has not started refuses a proposal; empty: it accepts.
+
+    Args:
+        me: This member.
+        expected: Its --bootstrap-expect.
+        configuration: What is proposed.
+        proposer: By whom.
+        accepted: What this member has accepted before, durably; without voters if nothing.
+    """
+    if accepted.voters and proposer != min(accepted.voters):
+        return _promised(accepted)
     if configuration.voters_outgoing or configuration.learners:
         return "a first configuration has only voters"
     if me not in configuration.voters:
@@ -116,3 +136,11 @@ def may_accept(
     if {m.id for m in configuration.members} != set(configuration.voters):
         return "its members and its voters differ"
     return ""
+
+
+def _promised(accepted: Configuration) -> str:
+    names = ", ".join(member.name for member in accepted.members)
+    return (
+        f"it has agreed to form a cluster of {names}; if those are not the members to be, start all "
+        "of them anew with empty data directories"
+    )

@@ -73,7 +73,8 @@ class Replication:
     def configure(self, configuration: Configuration) -> None:
         """Use `configuration`, which the leader has just appended, from now on (§6)."""
         self._configuration = configuration
-        known, next_index = self.progress, self._log.last_index + 1
+        # A new member is sent the configuration that names it, without waiting for another entry.
+        known, next_index = self.progress, self._log.last_index
         self.progress = {
             member: known.get(member) or Progress(next_index)
             for member in sorted({*configuration.ids(), self._id})

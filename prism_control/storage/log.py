@@ -31,6 +31,8 @@ _CRC: Final = struct.Struct(">I")
 #: With less than this free, LMDB's "input/output error" is a write that was cut short by the end of
 #: the disk. Nothing was committed, and what it had written has taken up the rest.
 _FULL_BYTES: Final = 1 * 2**20
+#: LMDB's size for 126 readers.
+_LOCK_FILE_BYTES: Final = 8192
 T = TypeVar("T")
 
 
@@ -75,12 +77,17 @@ class LogStore:
         self._observe_fsync = observe_fsync
         self._poison: str | None = None
         try:
+            _reserve_lock_file(path)
             self._env = lmdb.open(
                 str(path), map_size=MAP_BYTES, max_dbs=2, sync=True, metasync=True, mode=0o600
             )
             self._check_size()
             self._meta = self._env.open_db(b"meta")
             self._entries = self._env.open_db(b"entries")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFullError("no space left on the disk that holds --data-dir") from None
+            raise CorruptStoreError(f"--data-dir: {path}: {error.strerror}") from None
         except lmdb.Error as error:
             if self._is_disk_full(error):
                 raise DiskFullError("no space left on the disk that holds --data-dir") from None
@@ -122,6 +129,24 @@ class LogStore:
             self._put(txn, b"hard_state", hard_state)
             txn.put(_KEY.pack(entry.index), entry_codec.encode(entry), db=self._entries)
             txn.delete(b"formation", db=self._meta)
+
+        self._write(write)
+
+    def join(self, cluster_id: str) -> None:
+        """Write that this member, whose log is empty, belongs to a running cluster."""
+        identity = self.identity
+        if identity is None or identity.cluster_id:
+            raise StorageError("a member joins once, after it has an identity")
+        joined = msgspec.structs.replace(identity, cluster_id=cluster_id)
+        self._write(lambda txn: self._put(txn, b"identity", joined))
+
+    def restore(self, identity: Identity, hard_state: HardState, snapshot: SnapshotMeta) -> None:
+        """Write that this member, whose log is empty, begins with a snapshot that is on disk."""
+
+        def write(txn: Any) -> None:
+            self._put(txn, b"identity", identity)
+            self._put(txn, b"hard_state", hard_state)
+            self._put(txn, b"snapshot", snapshot)
 
         self._write(write)
 
@@ -268,3 +293,13 @@ class LogStore:
             return False
         status = os.statvfs(self._path)
         return status.f_bavail * status.f_frsize < _FULL_BYTES
+
+
+def _reserve_lock_file(path: Path) -> None:
+    """Give LMDB's lock file its room: it is mapped, and without room a write kills the process."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, _LOCK_FILE_BYTES)
+    finally:
+        os.close(descriptor)

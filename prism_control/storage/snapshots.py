@@ -77,7 +77,7 @@ class SnapshotStore:
         except OSError as error:
             raise CorruptStoreError(f"snapshot {path.name}: {error.strerror}") from None
         with file:
-            yield from _records(file, path.name)
+            yield from read_records(file, path.name)
 
     def _partial(self, index: int) -> Path:
         return self._path / f"{index:020d}-{next(self._numbers)}.partial"
@@ -115,7 +115,7 @@ class IncomingSnapshot:
         os.fsync(self._file.fileno())
         self._file.close()
         with self._partial.open("rb") as file:
-            for _ in _records(file, self._partial.name):
+            for _ in read_records(file, self._partial.name):
                 pass
         self._store._publish(self._partial, self._index)
 
@@ -126,20 +126,30 @@ class IncomingSnapshot:
         self._partial.unlink(missing_ok=True)
 
 
-def _write_records(file: BinaryIO, chunks: Iterable[bytes]) -> int:
-    file.write(_MAGIC)
+def encode_records(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield a snapshot file's bytes, a record at a time. A backup is such a file."""
+    yield _MAGIC
     count = 0
     for chunk in filter(None, chunks):
-        file.write(_RECORD.pack(len(chunk), google_crc32c.value(chunk)))
-        file.write(chunk)
+        yield _RECORD.pack(len(chunk), google_crc32c.value(chunk)) + chunk
         count += 1
-    file.write(_RECORD.pack(0, count))
+    yield _RECORD.pack(0, count)
+
+
+def _write_records(file: BinaryIO, chunks: Iterable[bytes]) -> int:
+    for record in encode_records(chunks):
+        file.write(record)
     file.flush()
     os.fsync(file.fileno())
     return file.tell()
 
 
-def _records(file: BinaryIO, name: str) -> Iterator[bytes]:
+def read_records(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Yield the chunks of a snapshot file or a backup.
+
+    Raises:
+        CorruptStoreError: It is torn, or not as it was written.
+    """
     if file.read(len(_MAGIC)) != _MAGIC:
         raise CorruptStoreError(f"snapshot {name}: not a snapshot")
     count = 0

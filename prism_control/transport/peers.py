@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 PROTOCOL_VERSION: Final = 1
 #: Reasons of a peer's refusal that do not pass by themselves.
-REFUSALS: Final = frozenset(
-    {"CLUSTER_MISMATCH", "MEMBER_MISMATCH", "NOT_A_MEMBER", "VERSION_MISMATCH"}
-)
+REFUSALS: Final = frozenset({"CLUSTER_MISMATCH", "MEMBER_MISMATCH", "VERSION_MISMATCH"})
 
+#: As many as a cluster may have members.
+_STRANGERS_MAX: Final = 9
 #: More than the core keeps in flight to one follower, so that only a dead stream overflows.
 _QUEUE_LENGTH_MAX: Final = 1024
 #: More than the largest entry, which is an agent's registration with all that it has, beside what
@@ -177,7 +177,7 @@ class Transport:
 
     Args:
         cluster_id: Named in every hello.
-        me: This member.
+        me: This member, as others may dial it.
         unreachable: Told of peers to whom messages were lost.
         send_snapshot: Told of snapshots that the core wants sent.
     """
@@ -185,7 +185,7 @@ class Transport:
     def __init__(
         self,
         cluster_id: str,
-        me: MemberId,
+        me: Member,
         unreachable: Callable[[MemberId], None],
         send_snapshot: Callable[[SnapshotRequest, str], None],
     ) -> None:
@@ -196,6 +196,9 @@ class Transport:
         self._links: dict[MemberId, tuple[PeerLink, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._members: dict[MemberId, Member] = {}
+        #: Who has dialled and is not in the configuration that is known here: it is older than
+        #: theirs, and it is they who can make it newer. They must be answered.
+        self._strangers: dict[MemberId, Member] = {}
         #: Monotonic time at which each peer was last heard.
         self.last_contact: dict[MemberId, float] = {}
 
@@ -209,10 +212,30 @@ class Transport:
         """Open streams to new members and close those to members that are gone."""
         if self._tasks is None:
             return
-        self._members = {m.id: m for m in configuration.members if m.id != self._me}
-        for member_id in self._links.keys() - self._members.keys():
-            self._links.pop(member_id)[1].cancel()
-        for member_id, member in self._members.items():
+        self._members = {m.id: m for m in configuration.members if m.id != self._me.id}
+        self._strangers.clear()
+        self._connect()
+
+    def meet(self, member: Member) -> None:
+        """Answer a member of the cluster that is not in the configuration known here."""
+        known = member.id == self._me.id or member.id in self._members
+        if self._tasks is None or known or self._strangers.get(member.id) == member:
+            return
+        while len(self._strangers) >= _STRANGERS_MAX:
+            self._strangers.pop(next(iter(self._strangers)))
+        self._strangers[member.id] = member
+        self._connect()
+
+    def _connect(self) -> None:
+        if self._tasks is None:
+            return
+        wanted = self._strangers | self._members
+        for member_id, (link, task) in list(self._links.items()):
+            member = wanted.get(member_id)
+            if member is None or member.raft_address != link.address:
+                task.cancel()
+                del self._links[member_id]
+        for member_id, member in wanted.items():
             if member_id not in self._links:
                 link = PeerLink(self.hello(member_id), member.raft_address, self._unreachable)
                 self._links[member_id] = (link, self._tasks.create_task(link.run()))
@@ -222,8 +245,9 @@ class Transport:
         return raft_pb2.Hello(
             version=PROTOCOL_VERSION,
             cluster_id=self._cluster_id,
-            sender=self._me,
+            sender=self._me.id,
             receiver=receiver,
+            member=wire.encode_member(self._me),
         )
 
     def send(self, messages: Iterable[Message]) -> None:
@@ -236,6 +260,11 @@ class Transport:
                 self._send_snapshot(message, entry[0].address)
             else:
                 entry[0].send(message)
+
+    def is_connected(self, peer: MemberId) -> bool:
+        """Whether the stream to a peer stands."""
+        entry = self._links.get(peer)
+        return entry is not None and entry[0].connected
 
     def heard(self, peer: MemberId) -> None:
         """Note that a peer was heard just now."""

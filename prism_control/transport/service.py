@@ -1,15 +1,15 @@
 """RaftService: what peers call on port 4200."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 from prism.raft.v1 import raft_pb2, raft_pb2_grpc
 
-from prism_common.errors import NotServedError, WrongStateError
-from prism_control.raft.types import Configuration, MemberId, Message
+from prism_common.errors import InvalidArgumentError, WrongStateError
+from prism_control.raft.types import Member, MemberId, Message
 from prism_control.storage.snapshots import SnapshotStore
 from prism_control.transport import wire
 from prism_control.transport.peers import PROTOCOL_VERSION
@@ -24,8 +24,9 @@ class RaftPort:
 
     cluster_id: str
     me: MemberId
-    configuration: Callable[[], Configuration]
     receive: Callable[[Sequence[Message]], None]
+    meet: Callable[[Member], None]
+    join: Callable[[Member], Awaitable[None]]
     heard: Callable[[MemberId], None]
     snapshots: SnapshotStore
 
@@ -96,8 +97,13 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
     async def Join(
         self, request: raft_pb2.JoinRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> raft_pb2.JoinResponse:
-        """Not served yet."""
-        raise NotServedError("joining a running cluster")
+        """Take a new member in."""
+        port = self._require_port()
+        member = wire.decode_member(request.member)
+        if not member.id or not member.name or not member.raft_address:
+            raise InvalidArgumentError("member: needs an id, a name and addresses", field="member")
+        await port.join(member)
+        return raft_pb2.JoinResponse(cluster_id=port.cluster_id)
 
     def _require_port(self) -> RaftPort:
         if self._port is None:
@@ -128,9 +134,8 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
                 "directory replaced?",
                 reason="MEMBER_MISMATCH",
             )
-        if hello.sender not in port.configuration().ids():
-            raise WrongStateError(
-                f"member {hello.sender:016x} is not in the configuration",
-                reason="NOT_A_MEMBER",
-            )
+        # Not whether the sender is in the configuration: the one known here may be older than the
+        # sender's, and only the sender can then make it newer. Pre-vote and lease keep a removed
+        # member from disturbing.
+        port.meet(wire.decode_member(hello.member))
         return port, hello.sender

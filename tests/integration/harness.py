@@ -92,6 +92,7 @@ class ControlNode:
     def start(self, *flags: str) -> ControlNode:
         """Start it with its own flags and these; return at once."""
         assert self.process is None, f"{self.name} runs"
+        self._close_channel()  # it may not have noticed yet that the last process has ended
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "prism_control.main", *self.address_flags, *self.flags,
@@ -127,8 +128,12 @@ class ControlNode:
     def close(self) -> None:
         """Leave nothing behind."""
         self.kill()
+        self._close_channel()
+
+    def _close_channel(self) -> None:
         if self._channel is not None:
             self._channel.close()
+            self._channel = None
 
     # ── What it says ─────────────────────────────────────────────────────────────────────────
 
@@ -179,7 +184,7 @@ class ControlNode:
 
     @property
     def channel(self) -> grpc.Channel:
-        """A channel to its API, kept over restarts."""
+        """A channel to its API."""
         if self._channel is None:
             self._channel = grpc.insecure_channel(
                 self.api,
@@ -307,7 +312,10 @@ def cluster(directory: Path, size: int, *flags: str, start: bool = True) -> Iter
     """Run a cluster for the block."""
     made = Cluster(directory, size, flags)
     with logs_on_failure(*made.nodes):
-        yield made.start() if start else made
+        try:
+            yield made.start() if start else made
+        finally:
+            made.close()  # also what was added meanwhile
 
 
 def reason_of(error: grpc.RpcError) -> tuple[str, float | None]:

@@ -49,7 +49,7 @@ class Cluster:
     ) -> None:
         self._random = random = Random(seed)
         self._trace = trace
-        self.options = options or Options.draw(random)
+        self.options = options or Options.draw(Random(f"options {seed}"))
         self.now_us = 0
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._events_made = 0
@@ -113,9 +113,9 @@ class Cluster:
         self._heal()
         if not self._run_until(HEALED_UNTIL_US, self._has_recovered):
             raise ViolationError("liveness: the healed cluster does not recover: " + self._state())
-        self._check_quiet()
         alive = {core.config.id for core in self.cores()}.intersection(self._final().ids())
         self.invariants.finished({id_: self.nodes[id_].state for id_ in sorted(alive)})
+        self._check_quiet()
         self.clients.check_histories()
         self.trace("end", len(self.invariants.committed), self.reads_served, self.crashes)
 
@@ -170,6 +170,8 @@ class Cluster:
     def _has_recovered(self) -> bool:
         leader = self._leader()
         if leader is None or not leader.is_settled:
+            return False
+        if not leader.configuration.is_voter(leader.config.id):
             return False
         ids = leader.configuration.ids()
         alive = [node for id_, node in self.nodes.items() if id_ in ids and node.core is not None]

@@ -27,6 +27,7 @@ class Faults:
         self._seed = seed
         self._random = Random(f"faults {seed}")
         self._short_reigns_until_us = 0
+        self._strike_changes_until_us = 0
         #: How many faults were scheduled; each has its number.
         self.count = 0
 
@@ -185,6 +186,17 @@ class Faults:
             if self._random.random() < 0.4:
                 # It will find the messages of two leaders in its inbox.
                 self.pause(self._random.choice(list(self._cluster.nodes.values())))
+
+    def strike_changes(self, node: Node) -> None:
+        """For some time, stop leaders just when they have written a new configuration."""
+        duration_us = self._random.randrange(500_000, 2_000_000)
+        self._strike_changes_until_us = self._cluster.now_us + duration_us
+
+    def configured(self, node: Node) -> None:
+        """Take note that a leader has a new configuration on its disk."""
+        if self._cluster.now_us < self._strike_changes_until_us and self._random.random() < 0.5:
+            node.lost_before_us = self._cluster.now_us
+            self._cluster.crash(node, 400_000)
 
     def _strike(self, node: Node) -> None:
         cluster = self._cluster

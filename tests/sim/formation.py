@@ -37,11 +37,16 @@ class Starter:
         cluster_id, configuration = self.started or ("", Configuration())
         return PeerView(member(self.id), cluster_id, self.expected, configuration)
 
+    @property
+    def promised(self) -> Configuration:
+        """What it has accepted; without voters if nothing."""
+        return self.accepted[1] if self.accepted else Configuration()
+
     def accept(self, promise: Promise, proposer: MemberId) -> bool:
         """Answer Form."""
         if self.started is not None:
             return False
-        if formation.may_accept(self.id, self.expected, promise[1], proposer):
+        if formation.may_accept(self.id, self.expected, promise[1], proposer, self.promised):
             return False
         self.accepted = promise
         return True
@@ -109,7 +114,7 @@ class Formation:
             for id_ in starter.join
             if self._reaches(starter.id, id_) and self._reaches(id_, starter.id)
         ]
-        decision = formation.decide(member(starter.id), starter.expected, peers)
+        decision = formation.decide(member(starter.id), starter.expected, peers, starter.promised)
         if isinstance(decision, formation.Start):
             starter.started = (decision.cluster_id, decision.configuration)
         elif isinstance(decision, formation.Propose):

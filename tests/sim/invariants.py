@@ -18,6 +18,7 @@ from prism_control.raft.types import (
     EntryKind,
     Message,
     Role,
+    SnapshotMeta,
     TimeoutNow,
     VoteReply,
     VoteRequest,
@@ -60,6 +61,7 @@ class Invariants:
         self._acknowledged_max = 0
         self.acknowledged: dict[int, bytes] = {}
         self.elections = 0
+        self._turns = 0
 
     # ---------------------------------------------------------------- what is observed
 
@@ -74,6 +76,9 @@ class Invariants:
         core.check()
         if core.role is Role.LEADER:
             self._check_leader(core)
+        self._turns += 1
+        if self._turns % 32 == 0:
+            self._check_in_force(core)
         self._check_commit(core, cores)
 
     def written(self, core: Core, entries: Sequence[Entry]) -> None:
@@ -121,6 +126,13 @@ class Invariants:
             raise ViolationError(f"member {member} has another state at {state.index}")
         if state.index > len(self.committed):
             raise ViolationError(f"member {member} applied {state.index}, not committed")
+
+    def snapshot_taken(self, meta: SnapshotMeta) -> None:
+        """Check that a snapshot carries the configuration of its index, not a later one."""
+        entries = reversed(self.committed[: meta.index])
+        last = next(entry for entry in entries if entry.kind is EntryKind.CONFIGURATION)
+        if decode_configuration(last) != meta.configuration:
+            raise ViolationError(f"the snapshot at {meta.index} has another configuration")
 
     def disk_changed(self) -> None:
         """Check that all that is committed is durable on a quorum."""
@@ -223,10 +235,25 @@ class Invariants:
         self._deciding = by.configuration
         self._check_durable(entry, by.configuration)
         if entry.kind is EntryKind.CONFIGURATION:
-            self._check_change(decode_configuration(entry))
+            configuration = decode_configuration(entry)
+            self._check_change(configuration)
+            if configuration.is_joint:
+                # It binds from the moment it is in the log: both majorities, whatever came after.
+                self._check_durable(entry, configuration)
         for core in cores:
             if core.role is Role.LEADER and core.term >= by.term:
                 self._check_complete(core, entry)
+
+    def _check_in_force(self, core: Core) -> None:
+        """Check that a member uses the last configuration that its log, or snapshot, holds."""
+        log = core.log
+        entries = reversed(log.slice(log.base_index + 1, log.last_index))
+        last = next((e for e in entries if e.kind is EntryKind.CONFIGURATION), None)
+        held = core.snapshot.configuration if last is None else decode_configuration(last)
+        if last is not None and last.index <= core.snapshot.index:
+            held = core.snapshot.configuration
+        if core.configuration != held:
+            raise ViolationError(f"member {core.config.id} uses {core.configuration}, not {held}")
 
     def _check_change(self, after: Configuration) -> None:
         """Check that voters change only by way of a joint configuration (§6)."""

@@ -7,28 +7,41 @@ its own write, because this driver never touches the core during a write; a unit
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from prism_control.raft import quorum
+from prism_control.raft import confchange, quorum
+from prism_control.raft.configuration import ConfigurationHistory
 from prism_control.raft.core import Core
 from prism_control.raft.log import Log
 from prism_control.raft.member import MemberState
 from prism_control.raft.outbox import Outbox
 from prism_control.raft.progress import Progress
 from prism_control.raft.replication import Replication
+from prism_control.raft.transfer import Transfer
 from prism_control.raft.types import (
     NOBODY,
+    Configuration,
+    Entry,
+    EntryKind,
     HardState,
     Heartbeat,
     HeartbeatReply,
+    Ready,
     Role,
+    SnapshotMeta,
     VoteReply,
     VoteRequest,
 )
+from prism_control.state.tables import Tables
+from tests.sim.disk import Disk, Image, Snapshot, Transaction
+from tests.sim.faults import Faults
+from tests.sim.node import Node
 from tests.sim.options import Options
+from tests.sim.run import run_seed
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,11 @@ class Mutant:
     make: Callable[[Any], Callable[..., Any]]
     #: The shape of cluster in which to look for it; else each seed chooses.
     options: Options | None = None
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is found so soon that every test run can afford it."""
+        return self.seeds_max <= 20
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -208,6 +226,120 @@ def _only_the_incoming_majority_counts(original: Any) -> Callable[..., Any]:
     return reached_index
 
 
+def _transfer_to_anybody(original: Any) -> Callable[..., Any]:
+    def transfer(self: Core, to: int) -> None:
+        if self.replication is not None and to != self.config.id and self._transfer is None:
+            self._transfer = Transfer(to, self.term, self.config.election_ticks)
+
+    return transfer
+
+
+def _transfer_before_caught_up(original: Any) -> Callable[..., Any]:
+    def is_due(self: Transfer, replication: Replication, last_index: int) -> bool:
+        sent, self._is_sent = self._is_sent, True
+        return not sent
+
+    return is_due
+
+
+def _removed_leader_counts_itself(original: Any) -> Callable[..., Any]:
+    def quorum_index(self: Replication) -> int:
+        progress, voters = self.progress, {*self._configuration.voters, self._id}
+        index = quorum.majority_index(sorted(voters), lambda member: progress[member].match)
+        return index if not self._configuration.is_joint else original(self)
+
+    return quorum_index
+
+
+def _stale_membership_after_a_snapshot(original: Any) -> Callable[..., Any]:
+    def restore(self: Core, meta: SnapshotMeta) -> None:
+        before = self.configuration
+        original(self, meta)
+        self._configurations = ConfigurationHistory(replace(meta, configuration=before))
+
+    return restore
+
+
+def _membership_not_rolled_back(original: Any) -> Callable[..., Any]:
+    return lambda self, index: None
+
+
+def _snapshot_with_a_later_membership(original: Any) -> Callable[..., Any]:
+    return lambda self, index: replace(original(self, index), configuration=self.configuration)
+
+
+def _change_without_joint(original: Any) -> Callable[..., Any]:
+    def enter(self: Core, replication: Replication, configuration: Configuration) -> int:
+        index: int = original(self, replication, replace(configuration, voters_outgoing=()))
+        return index
+
+    return enter
+
+
+def _leave_joint_before_it_is_committed(original: Any) -> Callable[..., Any]:
+    def finish_change(self: Core, replication: Replication) -> None:
+        if self.configuration.is_joint:
+            self._enter(replication, confchange.leave(self.configuration))
+
+    return finish_change
+
+
+def _joint_is_never_left(original: Any) -> Callable[..., Any]:
+    return lambda self, replication: None
+
+
+def _removed_member_never_campaigns(original: Any) -> Any:
+    return property(lambda self: self.configuration.is_voter(self.config.id))
+
+
+def _removed_leader_stays(original: Any) -> Callable[..., Any]:
+    return lambda self, replication: None
+
+
+def _snapshot_moves_backwards(original: Any) -> Callable[..., Any]:
+    def snapshot_saved(self: Core, meta: SnapshotMeta) -> None:
+        self.snapshot = meta
+
+    return snapshot_saved
+
+
+def _go_on_after_a_failed_write(original: Any) -> Callable[..., Any]:
+    def write_failed(self: Node, core: Core, ready: Ready, transaction: Transaction) -> None:
+        self.disk._written.remove(transaction)
+        self._persisted(core, ready, transaction)
+
+    return write_failed
+
+
+def _entries_not_verified(original: Any) -> Callable[..., Any]:
+    def read_entries(self: Disk) -> list[Entry]:
+        image = self.synced
+        return [
+            Entry(index, term, EntryKind.CONFIGURATION if kind == 2 else EntryKind(kind & 1), data)
+            for index, (term, kind, data) in enumerate(
+                ((t, e[1], e[24:]) for t, e in zip(image.terms, image.encoded, strict=True)),
+                image.first_index,
+            )
+        ]
+
+    return read_entries
+
+
+def _wiped_member_keeps_its_id(original: Any) -> Callable[..., Any]:
+    def wipe(self: Faults, node: Node) -> None:
+        if node.core is not None and self._cluster.may_lose(node):
+            node.crash()
+            empty = Snapshot(SnapshotMeta(), self._cluster._fresh().freeze())
+            node.disk.synced = Image(HardState(), empty, first_index=1)
+            node.start()
+
+    return wipe
+
+
+def _request_ids_forgotten(original: Any) -> Callable[..., Any]:
+    return lambda self, row: None
+
+
 MUTANTS = (
     Mutant("acknowledge before persist", 5, Outbox, "take_messages", _acknowledge_before_persist),
     Mutant(
@@ -284,7 +416,14 @@ MUTANTS = (
         "_handle_append_request",
         _commit_past_the_new_entries,
     ),
-    Mutant("learners count", 200, Replication, "quorum_index", _learners_count),
+    Mutant(
+        "learners count",
+        200,
+        Replication,
+        "quorum_index",
+        _learners_count,
+        replace(Options.changes(2, "partition", "slow_disk"), promotes_learners=False),
+    ),
     Mutant(
         "only the incoming majority counts",
         200,
@@ -292,4 +431,134 @@ MUTANTS = (
         "quorum_index",
         _only_the_incoming_majority_counts,
     ),
+    Mutant(
+        "transfer to anybody",
+        100,
+        Core,
+        "transfer",
+        _transfer_to_anybody,
+        replace(Options.changes(3), transfers=0.6, promotes_learners=False),
+    ),
+    Mutant(
+        "transfer before the other has caught up",
+        100,
+        Transfer,
+        "is_due",
+        _transfer_before_caught_up,
+        replace(Options.changes(3, "slow_disk"), transfers=0.6, pause_us=3_000),
+    ),
+    Mutant(
+        "removed leader counts itself",
+        200,
+        Replication,
+        "quorum_index",
+        _removed_leader_counts_itself,
+        Options.changes(3, "slow_disk", "partition"),
+    ),
+    Mutant(
+        "stale membership after a snapshot",
+        50,
+        Core,
+        "_restore",
+        _stale_membership_after_a_snapshot,
+    ),
+    Mutant(
+        "membership is not rolled back",
+        200,
+        ConfigurationHistory,
+        "truncate",
+        _membership_not_rolled_back,
+        Options.changes(5, "isolate_leader"),
+    ),
+    Mutant(
+        "snapshot with a later membership",
+        200,
+        Core,
+        "snapshot_meta",
+        _snapshot_with_a_later_membership,
+        replace(Options.changes(3, "slow_disk"), snapshot_entries=5),
+    ),
+    Mutant("change without a joint configuration", 20, Core, "_enter", _change_without_joint),
+    Mutant(
+        "joint configuration left before it is committed",
+        100,
+        Core,
+        "_finish_change",
+        _leave_joint_before_it_is_committed,
+        Options.changes(3, "partition", "slow_disk"),
+    ),
+    Mutant("joint configuration is never left", 20, Core, "_finish_change", _joint_is_never_left),
+    Mutant(
+        "removed member never campaigns",
+        200,
+        Core,
+        "_may_campaign",
+        _removed_member_never_campaigns,
+        Options.changes(2, "strike_changes"),
+    ),
+    Mutant("removed leader stays", 50, Core, "_hand_over", _removed_leader_stays),
+    Mutant(
+        "snapshot moves backwards",
+        300,
+        Core,
+        "snapshot_saved",
+        _snapshot_moves_backwards,
+        replace(Options.changes(3, "isolate_leader", "slow_disk"), snapshot_entries=5),
+    ),
+    Mutant(
+        "go on after a failed write",
+        50,
+        Node,
+        "write_failed",
+        _go_on_after_a_failed_write,
+        Options.storm(3, "fail_disk", "crash"),
+    ),
+    Mutant(
+        "entries not verified",
+        100,
+        Disk,
+        "read_entries",
+        _entries_not_verified,
+        Options.storm(5, "flip_bit"),
+    ),
+    Mutant(
+        "wiped member keeps its id",
+        50,
+        Faults,
+        "wipe",
+        _wiped_member_keeps_its_id,
+        Options.storm(3, "wipe", "crash"),
+    ),
+    Mutant(
+        "request ids forgotten",
+        20,
+        Tables,
+        "remember",
+        _request_ids_forgotten,
+        replace(Options.storm(3, "crash"), with_prism=True),
+    ),
 )
+
+
+def seeds_needed(mutant: Mutant) -> int:
+    """Return how many seeds it takes to find a mutant; 0 if it survives `seeds_max`."""
+    with mutant.active():
+        for seed in range(mutant.seeds_max):
+            if run_seed(seed, mutant.options).failure:
+                return seed + 1
+    return 0
+
+
+def main() -> int:
+    """Try all mutants; return 1 if one survives."""
+    survivors = 0
+    for mutant in MUTANTS:
+        needed = seeds_needed(mutant)
+        survivors += needed == 0
+        print(f"{mutant.title:50} {needed or 'SURVIVED':>8} of {mutant.seeds_max}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} found")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

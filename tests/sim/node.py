@@ -183,7 +183,7 @@ class Node:
             return
         while self._inbox:
             self._inbox.popleft()(core)
-        self._cluster.turned(self)
+            self._cluster.turned(self)
         self._perform(core)
 
     def _perform(self, core: Core) -> None:
@@ -229,6 +229,8 @@ class Node:
         else:
             self.disk.sync(transaction)
             self._persisted(core, ready, transaction)
+            if core.replication and any(e.kind is EntryKind.CONFIGURATION for e in ready.entries):
+                self._cluster.faults.configured(self)
 
     def write_failed(self, core: Core, ready: Ready, transaction: Transaction) -> None:
         """Stop, and be started again by somebody."""
@@ -308,6 +310,7 @@ class Node:
         ):
             return
         snapshot = Snapshot(core.snapshot_meta(self.state.index), self.state.freeze())
+        self._cluster.invariants.snapshot_taken(snapshot.meta)
         transaction = Transaction(taken=snapshot)
         self.disk.write(transaction)
         self._snapshot_is_saving = True

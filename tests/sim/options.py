@@ -28,6 +28,7 @@ FAULT_NAMES = (
     "replay",
     "report_unreachable",
     "short_reigns",
+    "strike_changes",
 )
 
 

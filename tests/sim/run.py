@@ -8,9 +8,12 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass, fields, replace
+from random import Random
 
 from tests.sim.cluster import Cluster
+from tests.sim.formation import Formation
 from tests.sim.options import Options
 
 
@@ -25,6 +28,9 @@ class Result:
     acknowledged: int = 0
     reads: int = 0
     crashes: int = 0
+    changes: int = 0
+    transfers: int = 0
+    histories: int = 0
 
 
 def run_seed(seed: int, options: Options | None = None) -> Result:
@@ -32,6 +38,8 @@ def run_seed(seed: int, options: Options | None = None) -> Result:
     cluster = Cluster(seed, options=options)
     failure = details = ""
     try:
+        if options is None:
+            Formation(seed).run()
         cluster.run()
     except Exception as error:  # noqa: BLE001 - whatever it is, the seed has found it
         failure, details = f"{type(error).__name__}: {error}", traceback.format_exc()
@@ -43,6 +51,9 @@ def run_seed(seed: int, options: Options | None = None) -> Result:
         acknowledged=len(cluster.invariants.acknowledged),
         reads=cluster.reads_served,
         crashes=cluster.crashes,
+        changes=cluster.clients.changes,
+        transfers=cluster.transfers_done,
+        histories=cluster.clients.histories_checked,
     )
 
 
@@ -54,11 +65,11 @@ def replay_command(seed: int) -> str:
 def _run_many(first: int, count: int, processes: int) -> int:
     began = time.monotonic()
     failed = 0
-    totals = [0, 0, 0, 0]
+    totals = [0] * 7
     with multiprocessing.Pool(processes) as pool:
         seeds = range(first, first + count)
         for done, result in enumerate(pool.imap_unordered(run_seed, seeds, chunksize=4), 1):
-            counts = (result.elections, result.acknowledged, result.reads, result.crashes)
+            counts = astuple(result)[3:]
             totals = [total + more for total, more in zip(totals, counts, strict=True)]
             if result.failure:
                 failed += 1
@@ -69,20 +80,47 @@ def _run_many(first: int, count: int, processes: int) -> int:
                 print(
                     f"{done}/{count} seeds, {failed} failed, {per_minute:.0f} a minute", flush=True
                 )
-    print("elections {}, writes acknowledged {}, reads {}, crashes {}".format(*totals))
+    names = [field.name for field in fields(Result)[3:]]
+    print(", ".join(f"{name} {total}" for name, total in zip(names, totals, strict=True)))
     return 1 if failed else 0
 
 
-def _run_one(seed: int, with_trace: bool) -> int:
+def shrink(seed: int) -> list[int]:
+    """Return the numbers of the faults without which the seed still fails; the rest is needed.
+
+    Larger groups of faults are tried first, then smaller ones, down to each alone.
+    """
+    options = Options.draw(Random(f"options {seed}"))
+    cluster = Cluster(seed)
+    with suppress(Exception):
+        cluster.run()
+    left_out: frozenset[int] = frozenset()
+    size = max(1, cluster.faults.count // 2)
+    while True:
+        for first in range(1, cluster.faults.count + 1, size):
+            tried = left_out | set(range(first, first + size))
+            shrunk = replace(options, faults_left_out=frozenset(tried))
+            if tried != left_out and run_seed(seed, shrunk).failure:
+                left_out = frozenset(tried)
+        if size == 1:
+            return sorted(left_out)
+        size //= 2
+
+
+def _run_one(seed: int, with_trace: bool, left_out: list[int]) -> int:
+    drawn = Options.draw(Random(f"options {seed}"))
+    options = replace(drawn, faults_left_out=frozenset(left_out)) if left_out else None
     if with_trace:
         try:
-            Cluster(seed, trace=print).run()
+            if options is None:
+                Formation(seed).run()
+            Cluster(seed, trace=print, options=options).run()
         except Exception as error:  # noqa: BLE001 - whatever it is, the seed has found it
             print(f"FAILED {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()
             return 1
         return 0
-    result = run_seed(seed)
+    result = run_seed(seed, options)
     print(result.details or result)
     return 1 if result.failure else 0
 
@@ -94,10 +132,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
+    parser.add_argument("--shrink", action="store_true", help="with --seed: find needless faults")
+    parser.add_argument("--leave-out", default="", help="with --seed: numbers of faults, by commas")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     if options.seed is not None:
-        return _run_one(options.seed, options.trace)
+        if options.shrink:
+            needless = ",".join(map(str, shrink(options.seed)))
+            print(f"{replay_command(options.seed)} --leave-out={needless}")
+            return 0
+        left_out = [int(number) for number in options.leave_out.split(",") if number]
+        return _run_one(options.seed, options.trace, left_out)
     return _run_many(options.first_seed, options.seeds, options.processes)
 
 

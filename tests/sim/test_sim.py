@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -9,36 +10,70 @@ import sys
 import pytest
 
 from tests.sim.cluster import Cluster
+from tests.sim.formation import Formation
 from tests.sim.options import Options
-from tests.sim.run import main, replay_command, run_seed
+from tests.sim.run import Result, main, replay_command, run_seed, shrink
+
+_SEEDS = 300
 
 
-@pytest.mark.parametrize("first", range(0, 100, 10))
+@functools.cache
+def _results(first: int) -> tuple[Result, ...]:
+    return tuple(map(run_seed, range(first, first + 10)))
+
+
+@pytest.mark.parametrize("first", range(0, _SEEDS, 10))
 def test_no_seed_breaks_a_promise(first: int) -> None:
     failures = [
         f"{result.failure}\n  replay: {replay_command(result.seed)}"
-        for result in map(run_seed, range(first, first + 10))
+        for result in _results(first)
         if result.failure
     ]
     assert failures == []
 
 
+def test_the_seeds_exercise_what_they_are_for() -> None:
+    results = [result for first in range(0, 60, 10) for result in _results(first)]
+    assert sum(result.elections for result in results) > 100
+    assert sum(result.acknowledged for result in results) > 3000
+    assert sum(result.reads for result in results) > 500
+    assert sum(result.crashes for result in results) > 100
+    assert sum(result.changes for result in results) > 50
+    assert sum(result.transfers for result in results) > 5
+    assert sum(result.histories for result in results) > 20
+
+
 def test_leaders_that_are_struck_at_once_break_no_promise() -> None:
     """Figure 8, again and again."""
     results = [
-        run_seed(seed, Options.storm(3 + seed % 2 * 2, "short_reigns")) for seed in range(40)
+        run_seed(seed, Options.storm(3 + seed % 2 * 2, "short_reigns")) for seed in range(10)
     ]
     assert [result.failure for result in results if result.failure] == []
-    assert sum(result.elections for result in results) > 200
+    assert sum(result.elections for result in results) > 50
 
 
-def test_the_seeds_exercise_what_they_are_for() -> None:
-    results = [run_seed(seed) for seed in range(100, 120)]
+def test_a_cluster_that_changes_all_the_time_breaks_no_promise() -> None:
+    results = [
+        run_seed(seed, Options.changes(1 + seed % 3, "crash", "partition", "wipe"))
+        for seed in range(10)
+    ]
     assert [result.failure for result in results if result.failure] == []
-    assert sum(result.elections for result in results) > 40
-    assert sum(result.acknowledged for result in results) > 1000
-    assert sum(result.reads for result in results) > 100
-    assert sum(result.crashes for result in results) > 40
+    assert sum(result.changes for result in results) > 50
+
+
+def test_members_that_start_together_never_form_two_clusters() -> None:
+    for seed in range(2000):
+        Formation(seed).run()
+
+
+def test_shrinking_finds_the_faults_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Cluster) -> None:
+        self.faults.count = 8
+        if not self.options.faults_left_out & {3, 6}:
+            raise ValueError("as asked")
+
+    monkeypatch.setattr(Cluster, "run", run)
+    assert shrink(1) == [1, 2, 4, 5, 7, 8]
 
 
 def _trace(seed: int) -> list[str]:

@@ -86,28 +86,29 @@ class ClusterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AddPeer(self, request, context):
-        """Adds a member. Not served yet: UNIMPLEMENTED.
+        """Adds a control node that waits to join (started with --join and without --bootstrap-expect). It
+        becomes a learner, and a voter by itself once it has caught up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemovePeer(self, request, context):
-        """Removes a member. Not served yet: UNIMPLEMENTED.
+        """Removes a member, also the leader itself. Returns once that is committed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def TransferLeadership(self, request, context):
-        """Hands leadership to another voter. Not served yet: UNIMPLEMENTED.
+        """Hands leadership to another voter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Backup(self, request, context):
-        """Streams a consistent copy of the state. Not served yet: UNIMPLEMENTED.
+        """Streams a consistent copy of the state, for `prismd restore`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,13 +38,15 @@ class ClusterServiceStub:
     ListPeers: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.ListPeersRequest, _cluster_pb2.ListPeersResponse]
     """Lists the members, as this member sees them. Answers without a leader too."""
     AddPeer: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.AddPeerRequest, _cluster_pb2.Peer]
-    """Adds a member. Not served yet: UNIMPLEMENTED."""
+    """Adds a control node that waits to join (started with --join and without --bootstrap-expect). It
+    becomes a learner, and a voter by itself once it has caught up.
+    """
     RemovePeer: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.RemovePeerRequest, _cluster_pb2.RemovePeerResponse]
-    """Removes a member. Not served yet: UNIMPLEMENTED."""
+    """Removes a member, also the leader itself. Returns once that is committed."""
     TransferLeadership: _grpc.UnaryUnaryMultiCallable[_cluster_pb2.TransferLeadershipRequest, _cluster_pb2.TransferLeadershipResponse]
-    """Hands leadership to another voter. Not served yet: UNIMPLEMENTED."""
+    """Hands leadership to another voter."""
     Backup: _grpc.UnaryStreamMultiCallable[_cluster_pb2.BackupRequest, _cluster_pb2.BackupResponse]
-    """Streams a consistent copy of the state. Not served yet: UNIMPLEMENTED."""
+    """Streams a consistent copy of the state, for `prismd restore`."""
 
 @_typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -56,13 +58,15 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     ListPeers: _aio.UnaryUnaryMultiCallable[_cluster_pb2.ListPeersRequest, _cluster_pb2.ListPeersResponse]  # type: ignore[assignment]
     """Lists the members, as this member sees them. Answers without a leader too."""
     AddPeer: _aio.UnaryUnaryMultiCallable[_cluster_pb2.AddPeerRequest, _cluster_pb2.Peer]  # type: ignore[assignment]
-    """Adds a member. Not served yet: UNIMPLEMENTED."""
+    """Adds a control node that waits to join (started with --join and without --bootstrap-expect). It
+    becomes a learner, and a voter by itself once it has caught up.
+    """
     RemovePeer: _aio.UnaryUnaryMultiCallable[_cluster_pb2.RemovePeerRequest, _cluster_pb2.RemovePeerResponse]  # type: ignore[assignment]
-    """Removes a member. Not served yet: UNIMPLEMENTED."""
+    """Removes a member, also the leader itself. Returns once that is committed."""
     TransferLeadership: _aio.UnaryUnaryMultiCallable[_cluster_pb2.TransferLeadershipRequest, _cluster_pb2.TransferLeadershipResponse]  # type: ignore[assignment]
-    """Hands leadership to another voter. Not served yet: UNIMPLEMENTED."""
+    """Hands leadership to another voter."""
     Backup: _aio.UnaryStreamMultiCallable[_cluster_pb2.BackupRequest, _cluster_pb2.BackupResponse]  # type: ignore[assignment]
-    """Streams a consistent copy of the state. Not served yet: UNIMPLEMENTED."""
+    """Streams a consistent copy of the state, for `prismd restore`."""
 
 class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads and steers the control plane."""
@@ -89,7 +93,9 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.AddPeerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.Peer, _abc.Awaitable[_cluster_pb2.Peer]]:
-        """Adds a member. Not served yet: UNIMPLEMENTED."""
+        """Adds a control node that waits to join (started with --join and without --bootstrap-expect). It
+        becomes a learner, and a voter by itself once it has caught up.
+        """
 
     @_abc_1.abstractmethod
     def RemovePeer(
@@ -97,7 +103,7 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.RemovePeerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.RemovePeerResponse, _abc.Awaitable[_cluster_pb2.RemovePeerResponse]]:
-        """Removes a member. Not served yet: UNIMPLEMENTED."""
+        """Removes a member, also the leader itself. Returns once that is committed."""
 
     @_abc_1.abstractmethod
     def TransferLeadership(
@@ -105,7 +111,7 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.TransferLeadershipRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cluster_pb2.TransferLeadershipResponse, _abc.Awaitable[_cluster_pb2.TransferLeadershipResponse]]:
-        """Hands leadership to another voter. Not served yet: UNIMPLEMENTED."""
+        """Hands leadership to another voter."""
 
     @_abc_1.abstractmethod
     def Backup(
@@ -113,6 +119,6 @@ class ClusterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cluster_pb2.BackupRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_cluster_pb2.BackupResponse], _abc.AsyncIterator[_cluster_pb2.BackupResponse]]:
-        """Streams a consistent copy of the state. Not served yet: UNIMPLEMENTED."""
+        """Streams a consistent copy of the state, for `prismd restore`."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

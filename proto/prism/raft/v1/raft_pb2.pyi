@@ -136,6 +136,7 @@ class Hello(_message.Message):
     CLUSTER_ID_FIELD_NUMBER: _builtins.int
     SENDER_FIELD_NUMBER: _builtins.int
     RECEIVER_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of this protocol: 1."""
     cluster_id: _builtins.str
@@ -144,6 +145,10 @@ class Hello(_message.Message):
     """The member that dials."""
     receiver: _builtins.int
     """The member that it wants to reach."""
+    @_builtins.property
+    def member(self) -> Global___Member:
+        """The member that dials, so that a receiver whose configuration is old can answer it."""
+
     def __init__(
         self,
         *,
@@ -151,10 +156,11 @@ class Hello(_message.Message):
         cluster_id: _builtins.str = ...,
         sender: _builtins.int = ...,
         receiver: _builtins.int = ...,
+        member: Global___Member | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "receiver", b"receiver", "sender", b"sender", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster_id", b"cluster_id", "member", b"member", "receiver", b"receiver", "sender", b"sender", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -763,7 +769,7 @@ Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
 
 @_typing.final
 class JoinResponse(_message.Message):
-    """It is a learner now."""
+    """It is in the configuration now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -96,7 +96,8 @@ class RaftServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
-        """Asks to be a member of a running cluster. Not served yet: UNIMPLEMENTED.
+        """Asks to be a member of a running cluster: a learner first, and a voter once it has caught up.
+        A follower answers NOT_LEADER, with the leader's Raft address in the metadata ("leader").
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

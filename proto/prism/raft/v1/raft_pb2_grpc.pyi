@@ -44,7 +44,9 @@ class RaftServiceStub:
     Form: _grpc.UnaryUnaryMultiCallable[_raft_pb2.FormRequest, _raft_pb2.FormResponse]
     """Proposes the first configuration to a member that has none."""
     Join: _grpc.UnaryUnaryMultiCallable[_raft_pb2.JoinRequest, _raft_pb2.JoinResponse]
-    """Asks to be a member of a running cluster. Not served yet: UNIMPLEMENTED."""
+    """Asks to be a member of a running cluster: a learner first, and a voter once it has caught up.
+    A follower answers NOT_LEADER, with the leader's Raft address in the metadata ("leader").
+    """
 
 @_typing.type_check_only
 class RaftServiceAsyncStub(RaftServiceStub):
@@ -62,7 +64,9 @@ class RaftServiceAsyncStub(RaftServiceStub):
     Form: _aio.UnaryUnaryMultiCallable[_raft_pb2.FormRequest, _raft_pb2.FormResponse]  # type: ignore[assignment]
     """Proposes the first configuration to a member that has none."""
     Join: _aio.UnaryUnaryMultiCallable[_raft_pb2.JoinRequest, _raft_pb2.JoinResponse]  # type: ignore[assignment]
-    """Asks to be a member of a running cluster. Not served yet: UNIMPLEMENTED."""
+    """Asks to be a member of a running cluster: a learner first, and a voter once it has caught up.
+    A follower answers NOT_LEADER, with the leader's Raft address in the metadata ("leader").
+    """
 
 class RaftServiceServicer(metaclass=_abc_1.ABCMeta):
     """Raft over gRPC. Every call names the cluster; another cluster's member is refused."""
@@ -107,6 +111,8 @@ class RaftServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _raft_pb2.JoinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_raft_pb2.JoinResponse, _abc.Awaitable[_raft_pb2.JoinResponse]]:
-        """Asks to be a member of a running cluster. Not served yet: UNIMPLEMENTED."""
+        """Asks to be a member of a running cluster: a learner first, and a voter once it has caught up.
+        A follower answers NOT_LEADER, with the leader's Raft address in the metadata ("leader").
+        """
 
 def add_RaftServiceServicer_to_server(servicer: RaftServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
