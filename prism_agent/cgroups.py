@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 CONTROLLERS: Final = ("memory", "pids", "cpu")
+#: A controller of version 1 only, and only needed to pause.
+_FREEZER: Final = "freezer"
 _CPU_PERIOD_US: Final = 100_000
 #: The supervisor and bwrap's monitor count as processes of the sandbox, and are not its own.
 _PROCESSES_OWN: Final = 2
 _KILL_TIMEOUT_S: Final = 10.0
+#: A process that waits for a disk freezes when it has what it waits for.
+_FREEZE_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,16 @@ class Cgroups(Protocol):
 
     def kill(self, name: str) -> None:
         """Kill all in it, and return once it is empty."""
+
+    def freeze(self, name: str) -> None:
+        """Freeze all in it, and return once they are; on failure they run on.
+
+        Raises:
+            OSError: It cannot be done here, or not in time.
+        """
+
+    def thaw(self, name: str) -> None:
+        """Let all in it run; nothing frozen is success."""
 
     def remove(self, name: str) -> None:
         """Kill all in it, and remove it."""
@@ -129,12 +143,43 @@ class _Directories:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            # Frozen processes end when they are thawed: with the signal first, none of them runs.
+            self.thaw(name)
             if time.monotonic() > deadline_s:
                 raise OSError(errno.EBUSY, f"processes {sorted(pids)[:10]} do not end")
             time.sleep(0.001)
 
     def _forbid_forks(self, name: str) -> None:
         raise NotImplementedError
+
+    #: Where a word freezes or thaws, what these words are, and where the kernel says "frozen".
+    _freeze_words = ("1", "0")
+
+    def _freezer(self, name: str) -> Path | None:
+        raise NotImplementedError
+
+    def _frozen(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def freeze(self, name: str) -> None:
+        """Freeze, and wait until the kernel says that all are."""
+        file = self._freezer(name)
+        if file is None or not file.exists():
+            raise OSError(errno.EOPNOTSUPP, "its cgroup has no freezer")
+        deadline_s = time.monotonic() + _FREEZE_TIMEOUT_S
+        _write(file, self._freeze_words[0])
+        while not self._frozen(name):
+            if time.monotonic() > deadline_s:
+                self.thaw(name)
+                raise OSError(errno.ETIMEDOUT, "its processes do not freeze")
+            time.sleep(0.0005)
+
+    def thaw(self, name: str) -> None:
+        """Thaw; what has no freezer is not frozen."""
+        file = self._freezer(name)
+        if file is not None and file.exists():
+            with contextlib.suppress(FileNotFoundError):
+                _write(file, self._freeze_words[1])
 
     def remove(self, name: str) -> None:
         self.kill(name)
@@ -187,6 +232,7 @@ class CgroupsV1(_Directories):
         """Make it, or set its limits anew."""
         for path in self._paths(name):
             path.mkdir(parents=True, exist_ok=True)
+        self.thaw(name)
         memory = self._controllers["memory"] / name
         _write(memory / "memory.limit_in_bytes", str(limits.memory_bytes))
         with contextlib.suppress(FileNotFoundError):
@@ -200,6 +246,16 @@ class CgroupsV1(_Directories):
             quota_us = limits.cpu_millicores * _CPU_PERIOD_US // 1000
             _write(cpu / "cpu.cfs_period_us", str(_CPU_PERIOD_US))
             _write(cpu / "cpu.cfs_quota_us", str(max(quota_us, 1000)))
+
+    _freeze_words = ("FROZEN", "THAWED")
+
+    def _freezer(self, name: str) -> Path | None:
+        root = self._controllers.get("freezer")
+        return root / name / "freezer.state" if root is not None else None
+
+    def _frozen(self, name: str) -> bool:
+        file = self._freezer(name)
+        return file is not None and file.read_text(encoding="ascii").strip() == "FROZEN"
 
     def usage(self, name: str) -> CgroupUsage:
         """Measure."""
@@ -230,12 +286,19 @@ class CgroupsV2(_Directories):
         """Make it, or set its limits anew."""
         path = self._root / name
         path.mkdir(parents=True, exist_ok=True)
+        self.thaw(name)
         _write(path / "memory.max", str(limits.memory_bytes))
         with contextlib.suppress(FileNotFoundError):
             _write(path / "memory.swap.max", "0")
         _write(path / "pids.max", str(limits.processes_max + _PROCESSES_OWN))
         quota_us = max(limits.cpu_millicores * _CPU_PERIOD_US // 1000, 1000)
         _write(path / "cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
+
+    def _freezer(self, name: str) -> Path | None:
+        return self._root / name / "cgroup.freeze"
+
+    def _frozen(self, name: str) -> bool:
+        return _read_field(self._root / name / "cgroup.events", "frozen") == 1
 
     def usage(self, name: str) -> CgroupUsage:
         """Measure."""
@@ -281,7 +344,7 @@ def read_mounts(mountinfo: str, own: str) -> CgroupMounts:
             v2 = v2 or point
         elif rest[0] == "cgroup":
             for option in rest[2].split(","):
-                if option in CONTROLLERS:
+                if option in (*CONTROLLERS, _FREEZER):
                     v1.setdefault(option, point)
     own_v2 = "/"
     for line in own.splitlines():

@@ -124,6 +124,9 @@ class Execs:
             self._last_activity_s = max(self._last_activity_s, header.exit_s)
             self.settle(each)
         elif each.record.number in self._known:
+            if each.readers:
+                # Clients that have read on while nobody could be told.
+                self._send(Message(Request.WINDOW, each.record.number, each.window))
             self._release_later(each)
         elif header is None or header.state is State.NEW:
             # The supervisor answers one agent at a time, so what it does not know now it never

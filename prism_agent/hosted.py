@@ -17,6 +17,10 @@ _OBSERVED = {
     Phase.QUEUED: agent_pb2.OBSERVED_STATE_STARTING,
     Phase.STARTING: agent_pb2.OBSERVED_STATE_STARTING,
     Phase.READY: agent_pb2.OBSERVED_STATE_READY,
+    # Until the kernel says that all are frozen, or all run, it goes on being what it was.
+    Phase.PAUSING: agent_pb2.OBSERVED_STATE_READY,
+    Phase.PAUSED: agent_pb2.OBSERVED_STATE_PAUSED,
+    Phase.RESUMING: agent_pb2.OBSERVED_STATE_PAUSED,
     Phase.STOPPING: agent_pb2.OBSERVED_STATE_STOPPING,
     Phase.STOPPED: agent_pb2.OBSERVED_STATE_STOPPED,
     Phase.FAILED: agent_pb2.OBSERVED_STATE_FAILED,
@@ -55,6 +59,8 @@ class Hosted:
     #: Loop time at which a stop under way turns into a kill.
     kill_at_s: float = 0.0
     hurried: asyncio.Event = field(default_factory=asyncio.Event)
+    #: Held while its processes are being frozen or thawed: its end is told of afterwards.
+    freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: File calls under way. They hold its files open, so they are ended with it.
     file_calls: set[FileCall] = field(default_factory=set)
 
@@ -69,6 +75,12 @@ class Hosted:
         """Time without an exec after which it goes; 0: none."""
         return self.spec.idle_timeout.ToNanoseconds() / 1e9
 
+    @property
+    def _may_idle(self) -> bool:
+        """What is paused is so on purpose: only its TTL ends it."""
+        paused = self.record.phase in (Phase.PAUSED, Phase.RESUMING)
+        return bool(self.idle_timeout_s) and self.running is not None and not paused
+
     def deadline_in_s(self, now_s: float) -> float | None:
         """Return the time until it may have to go; None: it has no deadline."""
         if self.record.phase in (Phase.DELETING, Phase.DELETED):
@@ -76,7 +88,7 @@ class Hosted:
         delays = []
         if self.record.expire_time_s:
             delays.append(self.record.expire_time_s - now_s)
-        if self.idle_timeout_s and self.running is not None:
+        if self._may_idle:
             delays.append(self.idle_timeout_s - self.execs.idle_s())
         return min(delays, default=None)
 
@@ -84,7 +96,6 @@ class Hosted:
         """Return the reason why it goes now, as a code and in words; None: it does not."""
         if self.record.expire_time_s and now_s >= self.record.expire_time_s:
             return "TTL_EXPIRED", "its time to live has passed"
-        idle = self.running is not None and self.execs.idle_s() >= self.idle_timeout_s
-        if self.idle_timeout_s and idle:
+        if self._may_idle and self.execs.idle_s() >= self.idle_timeout_s:
             return "IDLE_TIMEOUT", f"nothing was run in it for {self.idle_timeout_s:g} s"
         return None

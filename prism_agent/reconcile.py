@@ -17,6 +17,7 @@ class Desired(StrEnum):
     RUNNING = "running"
     STOPPED = "stopped"
     DELETED = "deleted"
+    PAUSED = "paused"
 
 
 class Phase(StrEnum):
@@ -25,6 +26,9 @@ class Phase(StrEnum):
     QUEUED = "queued"
     STARTING = "starting"
     READY = "ready"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESUMING = "resuming"
     STOPPING = "stopping"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -33,9 +37,13 @@ class Phase(StrEnum):
 
 
 #: An action is under way, and its outcome will be observed.
-BUSY = frozenset({Phase.STARTING, Phase.STOPPING, Phase.DELETING})
+BUSY = frozenset({Phase.STARTING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING, Phase.DELETING})
+#: It was started, and is not being ended: it has processes, frozen or not.
+UP = frozenset({Phase.READY, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING})
 #: Processes of the sandbox may run.
-LIVE = frozenset({Phase.STARTING, Phase.READY, Phase.STOPPING})
+LIVE = UP | {Phase.STARTING, Phase.STOPPING}
+#: The outcome of the action under way leads on to what is wanted by then.
+_DEFERS = frozenset({Phase.STARTING, Phase.PAUSING, Phase.RESUMING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,20 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """Freeze its processes."""
+
+    sandbox_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Thaw its processes."""
+
+    sandbox_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delete:
     """Stop it if it runs, and leave nothing of it."""
 
@@ -134,7 +156,7 @@ class Forget:
     sandbox_id: str
 
 
-Action = Start | Stop | Delete | Hurry | Update | Report | Forget
+Action = Start | Stop | Pause | Resume | Delete | Hurry | Update | Report | Forget
 
 
 @dataclass(slots=True)
@@ -166,10 +188,14 @@ class Reconciler:
                 return [self._stop(sandbox)]
             case Phase.QUEUED | Phase.STARTING:
                 return self._enqueue(sandbox)
-            case Phase.READY if not alive:
+            case _ if sandbox.phase in UP and not alive:
                 return self._fail(
                     sandbox, "PROCESS_LOST", "its processes ended while no agent ran here"
                 )
+            case Phase.PAUSING:
+                return [Pause(sandbox.sandbox_id)]
+            case Phase.RESUMING:
+                return [Resume(sandbox.sandbox_id)]
             case _:
                 return []
 
@@ -254,11 +280,29 @@ class Reconciler:
             # A late copy of an earlier wish.
             sandbox.wanted = old
             return actions
+        if new.desired is Desired.PAUSED:
+            return actions + self._converge_paused(sandbox)
+        if sandbox.phase is Phase.READY and old.desired is Desired.PAUSED:
+            # It was not paused, or not for long: the leader may know it as paused.
+            sandbox.reason = sandbox.message = ""
+            actions.append(Report(sandbox.sandbox_id))
         return actions + self._converge_running(sandbox)
+
+    def _converge_paused(self, sandbox: Sandbox) -> list[Action]:
+        if sandbox.wanted.start_count > sandbox.start_count:
+            # It was to be stopped, started and paused while we were away.
+            return self._converge_running(sandbox)
+        match sandbox.phase:
+            case Phase.READY:
+                return [self._pause(sandbox)]
+            case Phase.PAUSED:
+                return [Report(sandbox.sandbox_id)]
+            case _:
+                return []
 
     def _converge_stopped(self, sandbox: Sandbox) -> list[Action]:
         match sandbox.phase:
-            case Phase.READY:
+            case Phase.READY | Phase.PAUSED:
                 return [self._stop(sandbox)]
             case Phase.QUEUED:
                 self._queue.remove(sandbox.sandbox_id)
@@ -273,9 +317,10 @@ class Reconciler:
 
     def _converge_running(self, sandbox: Sandbox) -> list[Action]:
         if sandbox.wanted.start_count <= sandbox.start_count:
-            return []
+            paused = sandbox.phase is Phase.PAUSED and sandbox.wanted.desired is Desired.RUNNING
+            return [self._resume(sandbox)] if paused else []
         match sandbox.phase:
-            case Phase.READY:
+            case Phase.READY | Phase.PAUSED:
                 # It was to be stopped and started while we were away: the start implies the stop.
                 return [self._stop(sandbox)]
             case Phase.STOPPED | Phase.FAILED:
@@ -296,7 +341,47 @@ class Reconciler:
         if sandbox.wanted.desired is Desired.STOPPED:
             return [*actions, self._stop(sandbox)]
         sandbox.reason = sandbox.message = ""
-        return [*actions, Report(sandbox_id)]
+        actions.append(Report(sandbox_id))
+        if sandbox.wanted.desired is Desired.PAUSED:
+            actions.append(self._pause(sandbox))
+        return actions
+
+    def paused(self, sandbox_id: str) -> list[Action]:
+        """Its processes are frozen."""
+        return self._settle_pause(sandbox_id, Phase.PAUSING, Phase.PAUSED, "", "")
+
+    def pause_failed(self, sandbox_id: str, message: str) -> list[Action]:
+        """Its processes run on. It is tried again when the leader says so again."""
+        return self._settle_pause(sandbox_id, Phase.PAUSING, Phase.READY, "PAUSE_FAILED", message)
+
+    def resumed(self, sandbox_id: str) -> list[Action]:
+        """Its processes run, and it accepts execs."""
+        return self._settle_pause(sandbox_id, Phase.RESUMING, Phase.READY, "", "")
+
+    def resume_failed(self, sandbox_id: str, message: str) -> list[Action]:
+        """Its processes are frozen still."""
+        return self._settle_pause(
+            sandbox_id, Phase.RESUMING, Phase.PAUSED, "RESUME_FAILED", message
+        )
+
+    def _settle_pause(
+        self, sandbox_id: str, was: Phase, now: Phase, reason: str, message: str
+    ) -> list[Action]:
+        sandbox = self.sandboxes.get(sandbox_id)
+        if sandbox is None or sandbox.phase is not was:
+            return []
+        sandbox.phase = now
+        if sandbox.wanted.desired is Desired.DELETED or sandbox.successor is not None:
+            return self._delete(sandbox)
+        if sandbox.wanted.desired is Desired.STOPPED:
+            return [self._stop(sandbox)]
+        sandbox.reason, sandbox.message = reason, message
+        actions: list[Action] = [Report(sandbox_id)]
+        if reason:
+            return actions
+        if sandbox.wanted.desired is Desired.PAUSED and now is Phase.READY:
+            return actions + self._converge_paused(sandbox)
+        return actions + self._converge_running(sandbox)
 
     def start_failed(self, sandbox_id: str, reason: str, message: str) -> list[Action]:
         """It could not be made, and nothing of it runs."""
@@ -318,14 +403,14 @@ class Reconciler:
         return [Report(sandbox_id), *self._converge_running_if_wanted(sandbox)]
 
     def _converge_running_if_wanted(self, sandbox: Sandbox) -> list[Action]:
-        if sandbox.wanted.desired is not Desired.RUNNING:
+        if sandbox.wanted.desired not in (Desired.RUNNING, Desired.PAUSED):
             return []
         return self._converge_running(sandbox)
 
     def died(self, sandbox_id: str, reason: str, message: str) -> list[Action]:
         """Its supervisor ended without being asked to."""
         sandbox = self.sandboxes.get(sandbox_id)
-        if sandbox is None or sandbox.phase is not Phase.READY:
+        if sandbox is None or sandbox.phase not in UP:
             return []
         return self._fail(sandbox, reason, message)
 
@@ -371,9 +456,9 @@ class Reconciler:
                 actions += self._fail(sandbox, reason, message)
             elif sandbox.phase in LIVE:
                 sandbox.reason, sandbox.message = reason, message
-                if sandbox.phase is Phase.READY:
+                if sandbox.phase in (Phase.READY, Phase.PAUSED):
                     actions.append(self._stop(sandbox, grace_s=0.0))
-                elif sandbox.phase is Phase.STARTING:
+                elif sandbox.phase in _DEFERS:
                     sandbox.wanted = _stopped(sandbox.wanted)
                 else:
                     actions += self._hurry(sandbox, 0.0)
@@ -402,6 +487,14 @@ class Reconciler:
         grace = sandbox.wanted.grace_s if grace_s is None else grace_s
         return Stop(sandbox.sandbox_id, grace)
 
+    def _pause(self, sandbox: Sandbox) -> Pause:
+        sandbox.phase = Phase.PAUSING
+        return Pause(sandbox.sandbox_id)
+
+    def _resume(self, sandbox: Sandbox) -> Resume:
+        sandbox.phase = Phase.RESUMING
+        return Resume(sandbox.sandbox_id)
+
     def _hurry(self, sandbox: Sandbox, grace_s: float) -> list[Action]:
         return [Hurry(sandbox.sandbox_id, grace_s)]
 
@@ -414,7 +507,7 @@ class Reconciler:
         grace = sandbox.wanted.grace_s if grace_s is None else grace_s
         if sandbox.phase is Phase.DELETING:
             return self._hurry(sandbox, grace)
-        if sandbox.phase in (Phase.STARTING, Phase.STOPPING):
+        if sandbox.phase in _DEFERS or sandbox.phase is Phase.STOPPING:
             sandbox.wanted = _deleted(sandbox.wanted, grace)
             hurried = sandbox.phase is Phase.STOPPING
             return self._hurry(sandbox, grace) if hurried else []

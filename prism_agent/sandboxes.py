@@ -1,9 +1,10 @@
 """The edge of the reconciler: performs its actions, and tells it what came of them."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import assert_never
 
 from prism.agent.v1 import agent_pb2
@@ -16,14 +17,17 @@ from prism_agent.hosted import Hosted, report_of
 from prism_agent.journal import Journal, Record, boot_id, record_of
 from prism_agent.metrics import AgentMetrics
 from prism_agent.reconcile import (
+    UP,
     Action,
     Assignment,
     Delete,
     Forget,
     Hurry,
+    Pause,
     Phase,
     Reconciler,
     Report,
+    Resume,
     Sandbox,
     Start,
     Stop,
@@ -40,9 +44,6 @@ from prism_common.errors import (
 )
 
 logger = logging.getLogger(__name__)
-
-#: Its processes exist, so its files can be reached.
-RUNS = frozenset({Phase.READY})
 
 
 def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -113,9 +114,13 @@ class Sandboxes:
         self._check_boot(record)
         hosted = self._host(record)
         runtime = self._runtimes.get(record.runtime)
-        if runtime is not None and record.phase in (Phase.READY, Phase.STOPPING, Phase.DELETING):
+        if runtime is not None and record.phase in UP | {
+            Phase.STOPPING,
+            Phase.DELETING,
+        }:
             hosted.running = await runtime.adopt(record)
-        if hosted.running is not None:
+        # What is frozen cannot answer: it is spoken to when it is thawed.
+        if hosted.running is not None and not await self._frozen(record):
             try:
                 await hosted.execs.connect(hosted.running, record.phase_time_s)
             except (OSError, SandboxGoneError):
@@ -135,12 +140,21 @@ class Sandboxes:
             },
         )
 
+    async def _frozen(self, record: Record) -> bool:
+        """Return whether an adopted sandbox is to stay frozen; thaw one that is to end."""
+        if record.phase in (Phase.PAUSING, Phase.PAUSED, Phase.RESUMING):
+            return True
+        if record.phase in (Phase.STOPPING, Phase.DELETING):
+            with contextlib.suppress(OSError):
+                await self._runtimes[record.runtime].resume(record)
+        return False
+
     def _check_boot(self, record: Record) -> None:
         """After a reboot nothing runs, and what was mounted is gone: that is not made up for."""
         if record.boot_id in ("", boot_id()):
             return
         record.pid = 0
-        if record.phase in (Phase.STARTING, Phase.READY, Phase.STOPPING, Phase.STOPPED):
+        if record.phase in UP | {Phase.STARTING, Phase.STOPPING, Phase.STOPPED}:
             record.phase, record.phase_time_s = Phase.FAILED, time.time()
             record.reason = "NODE_REBOOTED"
             record.message = "its node was rebooted; its processes and files are gone"
@@ -244,7 +258,7 @@ class Sandboxes:
             SandboxGoneError: It ends just now.
             QueueFullError: Too many file calls are under way.
         """
-        hosted = self._find(sandbox_id, RUNS)
+        hosted = self._find(sandbox_id, UP)
         here = len(hosted.file_calls)
         everywhere = sum(len(each.file_calls) for each in self._hosted.values())
         if here >= limits.FILE_CALLS_MAX or everywhere >= limits.FILE_CALLS_NODE_MAX:
@@ -300,6 +314,10 @@ class Sandboxes:
             match action:
                 case Start():
                     self._spawn(self._start(action.sandbox_id))
+                case Pause():
+                    self._spawn(self._pause(action.sandbox_id))
+                case Resume():
+                    self._spawn(self._resume_processes(action.sandbox_id))
                 case Stop():
                     self._spawn(self._end(action.sandbox_id, action.grace_s, delete=False))
                 case Delete():
@@ -429,16 +447,17 @@ class Sandboxes:
         record = hosted.record
         await self._stay_connected(hosted, running)
         out_of_memory = hosted.execs.ran_out_of_memory()
-        hosted.execs.lose()
-        await hosted.end_file_calls()
-        runtime = self._runtimes[record.runtime]
-        await runtime.kill(record)
-        running.close()
-        hosted.running, hosted.watch, record.pid = None, None, 0
-        reason, message = "SUPERVISOR_DIED", "the sandbox's first process ended"
-        if out_of_memory:
-            reason, message = "OUT_OF_MEMORY", "the sandbox used up its memory"
-        self.perform(self.reconciler.died(record.sandbox_id, reason, message))
+        async with hosted.freezing:
+            hosted.execs.lose()
+            await hosted.end_file_calls()
+            runtime = self._runtimes[record.runtime]
+            await runtime.kill(record)
+            running.close()
+            hosted.running, hosted.watch, record.pid = None, None, 0
+            reason, message = "SUPERVISOR_DIED", "the sandbox's first process ended"
+            if out_of_memory:
+                reason, message = "OUT_OF_MEMORY", "the sandbox used up its memory"
+            self.perform(self.reconciler.died(record.sandbox_id, reason, message))
 
     async def _stay_connected(self, hosted: Hosted, running: Running) -> None:
         """Return once the sandbox has ended; until then keep speaking to its supervisor."""
@@ -457,6 +476,59 @@ class Sandboxes:
         except (OSError, SandboxGoneError):
             # It ends just now, most likely; else it is asked again.
             await asyncio.sleep(limits.RECONNECT_S)
+
+    # ── pauses ──
+
+    async def _pause(self, sandbox_id: str) -> None:
+        hosted = self._save(sandbox_id)
+        if hosted is None:
+            return
+        async with hosted.freezing:
+            if not self._is(hosted, Phase.PAUSING):
+                return
+            failure = await self._try(self._runtimes[hosted.record.runtime].pause(hosted.record))
+            if failure:
+                await self._reach(hosted)
+                self.perform(self.reconciler.pause_failed(sandbox_id, failure))
+            else:
+                self.perform(self.reconciler.paused(sandbox_id))
+
+    async def _resume_processes(self, sandbox_id: str) -> None:
+        hosted = self._save(sandbox_id)
+        if hosted is None:
+            return
+        async with hosted.freezing:
+            if not self._is(hosted, Phase.RESUMING):
+                return
+            failure = await self._try(self._runtimes[hosted.record.runtime].resume(hosted.record))
+            if failure:
+                self.perform(self.reconciler.resume_failed(sandbox_id, failure))
+                return
+            await self._reach(hosted)
+            hosted.execs.touch()
+            self.perform(self.reconciler.resumed(sandbox_id))
+
+    def _is(self, hosted: Hosted, phase: Phase) -> bool:
+        """Return whether it is still in a phase: it may have ended while we waited."""
+        sandbox = self.reconciler.sandboxes.get(hosted.record.sandbox_id)
+        return sandbox is not None and sandbox.phase is phase
+
+    async def _reach(self, hosted: Hosted) -> None:
+        """Speak to the supervisor of a sandbox that was adopted while it was frozen."""
+        if hosted.running is not None and not hosted.execs.connected:
+            try:
+                await hosted.execs.connect(hosted.running, time.time())
+            except (OSError, SandboxGoneError):
+                # Whoever watches it tries again, or sees that it has ended.
+                hosted.execs.disconnected.set()
+
+    async def _try(self, work: Awaitable[None]) -> str:
+        """Return why it failed; empty: it did not."""
+        try:
+            await work
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     # ── ends ──
 
@@ -515,6 +587,8 @@ class Sandboxes:
         loop = asyncio.get_running_loop()
         hosted.kill_at_s = loop.time() + grace_s
         hosted.hurried.clear()
+        if running.process is not None and grace_s > 0:
+            await self._wake(hosted, running)
         if running.process is not None and grace_s > 0 and hosted.execs.terminate():
             async with asyncio.TaskGroup() as group:
                 ended = group.create_task(running.wait())
@@ -532,6 +606,13 @@ class Sandboxes:
         running.close()
         hosted.running = None
         await hosted.end_file_calls()
+
+    async def _wake(self, hosted: Hosted, running: Running) -> None:
+        """Thaw what may be frozen, so that it can end by itself; else it is killed later."""
+        with contextlib.suppress(OSError, SandboxGoneError):
+            await self._runtimes[hosted.record.runtime].resume(hosted.record)
+            if not hosted.execs.connected and running.control_socket is not None:
+                await hosted.execs.connect(running, time.time())
 
     def _forget(self, sandbox_id: str) -> None:
         self._hosted.pop(sandbox_id, None)

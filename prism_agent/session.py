@@ -35,6 +35,7 @@ _DESIRED: Final = {
     agent_pb2.DESIRED_STATE_RUNNING: Desired.RUNNING,
     agent_pb2.DESIRED_STATE_STOPPED: Desired.STOPPED,
     agent_pb2.DESIRED_STATE_DELETED: Desired.DELETED,
+    agent_pb2.DESIRED_STATE_PAUSED: Desired.PAUSED,
 }
 #: A leader that accepts the connection and then says nothing is not one.
 _WELCOME_TIMEOUT_S: Final = 5.0

@@ -47,7 +47,7 @@ def parse_address(text: str, field: str, default_port: int | None = None) -> Add
     host, port_text = text, ""
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
-        if not bracket or (rest and not rest.startswith(":")):
+        if not bracket or ":" not in host or (rest and not rest.startswith(":")):
             raise _malformed(text, field)
         port_text = rest[1:]
     elif text.count(":") == 1:

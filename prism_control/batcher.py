@@ -16,7 +16,7 @@ from typing import Final
 from prism_common.errors import DiskFullError, PrismError, QueueFullError, StoppingError
 from prism_control.metrics import BatcherMetrics
 from prism_control.state import commands
-from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox, Proposal
+from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
 
 #: Together with the bytes bound: one entry is applied in one go, in about 15 ms.
@@ -76,7 +76,7 @@ class EntryBatch:
         self._items = items
         self._done = done
         self.data = commands.encode(
-            Proposal(commands.VERSION, at_ms, tuple(item.command for item in items))
+            commands.propose(at_ms, tuple([item.command for item in items]))
         )
 
     def resolve(self, result: object) -> None:
@@ -92,6 +92,18 @@ class EntryBatch:
         for item in self._items:
             if not item.future.done():
                 item.future.set_exception(error)
+
+
+def _outcome(future: asyncio.Future[Result] | PrismError) -> Result | PrismError:
+    """Return what became of a command; what is no PrismError is a bug, and raised."""
+    if isinstance(future, PrismError):
+        return future
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if not isinstance(error, PrismError):
+        raise error
+    return error
 
 
 class _Queue:
@@ -213,6 +225,32 @@ class Batcher:
             QueueFullError, DiskFullError, StoppingError, NoLeaderError: Nothing was proposed.
             OutcomeUnknownError: It may yet commit.
         """
+        self._check_open()
+        return await self._put(command, size)
+
+    async def submit_all(self, group: Sequence[tuple[Command, int]]) -> list[Result | PrismError]:
+        """Propose a group of commands with their sizes; return each one's own result or failure.
+
+        They wait together: where the queue has no room for all, the last of them are refused.
+        """
+        self._check_open()
+        futures: list[asyncio.Future[Result] | PrismError] = []
+        for command, size in group:
+            try:
+                futures.append(self._put(command, size))
+            except QueueFullError as error:
+                futures.append(error)
+        waiting = [future for future in futures if isinstance(future, asyncio.Future)]
+        try:
+            if waiting:
+                await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            for future in waiting:
+                future.cancel()
+            raise
+        return [_outcome(future) for future in futures]
+
+    def _check_open(self) -> None:
         if self._closed is not None:
             raise self._closed
         if not self._has_room():
@@ -221,6 +259,8 @@ class Batcher:
                 "running sandboxes go on",
                 retry_after_s=5.0,
             )
+
+    def _put(self, command: Command, size: int) -> asyncio.Future[Result]:
         queue = self._queue_of(command)
         now = time.monotonic()
         item = _Item(command, size, asyncio.get_running_loop().create_future())
@@ -232,7 +272,7 @@ class Batcher:
             self._metrics.rejected.labels(queue.op).inc()
             raise
         self._wake_for(queue, now)
-        return await item.future
+        return item.future
 
     def take(self) -> Sequence[EntryBatch]:
         """Return the entries of this turn. A delete never overtakes a create that came before."""
@@ -258,8 +298,10 @@ class Batcher:
 
         Creates go no later than the deletes that came after them.
         """
-        if queue is self._creates and self._deletes.items and self._due(self._deletes, now):
-            return True
+        deletes = self._deletes
+        if queue is self._creates and deletes.items:
+            if not deletes.batching(now) or self._due(deletes, now):
+                return True
         linger_s = _LINGER_OTHER_S if queue is self._others else _LINGER_CREATE_S
         return (
             now >= queue.first_arrival + linger_s

@@ -138,13 +138,6 @@ class Dispatcher:
             raise WrongStateError(
                 f"the agent has seen term {register.term}; this leader's is {office.term}"
             )
-        # gRPC takes one write of a call at a time, and three tasks of a session write.
-        lock = asyncio.Lock()
-
-        async def write_next(response: agent_pb2.SessionResponse) -> None:
-            async with lock:
-                await write(response)
-
         heartbeat_ms, lease_ms = office.liveness.terms()
         await self._register(office, register, heartbeat_ms, lease_ms)
         session = self._begin(office, register)
@@ -152,8 +145,8 @@ class Dispatcher:
         try:
             await write(_welcome(office, heartbeat_ms, lease_ms))
             async with asyncio.TaskGroup() as tasks:
-                sender = tasks.create_task(self._send(office, session, write_next))
-                tasks.create_task(self._receive(office, session, requests, write_next, sender))
+                sender = tasks.create_task(self._send(office, session, write))
+                tasks.create_task(self._receive(office, session, requests, write, sender))
         finally:
             self._end(session)
         if session.ended is not None:

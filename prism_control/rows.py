@@ -137,4 +137,5 @@ def node_proto(row: NodeRow, allocated: Amounts, last_seen_ms: int) -> node_pb2.
         last_seen_time=timestamp(last_seen_ms),
         create_time=timestamp(row.create_ms),
         incarnation=row.incarnation,
+        drain_time=timestamp(row.drain_ms),
     )

@@ -143,6 +143,20 @@ class Runtime(Protocol):
     async def adopt(self, record: Record) -> Running | None:
         """Find it again after a restart of the agent; None: it does not run."""
 
+    async def pause(self, record: Record) -> None:
+        """Freeze every process of it, and return once they are.
+
+        Raises:
+            OSError: They run on; the text says why.
+        """
+
+    async def resume(self, record: Record) -> None:
+        """Let every process of it run; they may be running.
+
+        Raises:
+            OSError: They are frozen still.
+        """
+
     async def kill(self, record: Record) -> None:
         """Kill every process of it, and return once none is left."""
 

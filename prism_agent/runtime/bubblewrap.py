@@ -6,6 +6,7 @@ own. It never dies with the agent: no --die-with-parent, a session of its own, n
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -370,6 +371,17 @@ class BubblewrapRuntime:
         except (ProcessLookupError, OSError):
             return None
         return Running(process, self._journal.directory(record.sandbox_id) / _SOCKET)
+
+    async def pause(self, record: Record) -> None:
+        """Freeze its cgroup."""
+        if self._cgroups is None or not record.cgroup:
+            raise OSError(errno.EOPNOTSUPP, "it runs without a cgroup, so it cannot be frozen")
+        await asyncio.to_thread(self._cgroups.freeze, record.cgroup)
+
+    async def resume(self, record: Record) -> None:
+        """Thaw its cgroup."""
+        if self._cgroups is not None and record.cgroup:
+            await asyncio.to_thread(self._cgroups.thaw, record.cgroup)
 
     async def kill(self, record: Record) -> None:
         """Kill every process of it, and return once none is left."""

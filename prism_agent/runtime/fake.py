@@ -34,6 +34,12 @@ class FakeRuntime:
         del record
         return Running()
 
+    async def pause(self, record: Record) -> None:
+        """There is nothing to freeze."""
+
+    async def resume(self, record: Record) -> None:
+        """There is nothing to thaw."""
+
     async def kill(self, record: Record) -> None:
         """There is nothing to kill."""
 

@@ -24,6 +24,7 @@ struct exec {
     pid_t pid; /* 0 once it has ended; also the number of its session */
     int ring;
     int stdin_write;
+    int slave;   /* of its terminal: while it is open, reading the master does not end */
     int failure; /* read end: what kept the program from being executed */
     struct pipe_end pipes[2];
     struct ring_header header;

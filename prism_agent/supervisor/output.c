@@ -80,6 +80,9 @@ static bool allocate(struct exec *exec, uint64_t head)
 
 void close_pipe(struct pipe_end *pipe)
 {
+    /* A terminal's master has other descriptors, so closing ours would leave it in the epoll set. */
+    if (pipe->watched)
+        unwatch(pipe->fd);
     close_fd(&pipe->fd);
     pipe->watched = false;
     pipe->pending = 0;

@@ -29,6 +29,7 @@ void forget(struct exec *exec)
     close_fd(&exec->ring);
     close_fd(&exec->stdin_write);
     close_fd(&exec->failure);
+    close_fd(&exec->slave);
     close_pipe(&exec->pipes[0]);
     close_pipe(&exec->pipes[1]);
     exec->used = false;
@@ -181,6 +182,10 @@ static int start_process(struct exec *exec, int input, int64_t flags, uint32_t a
             write_header(exec);
         }
     }
+    if (exec->terminal && !error) {
+        exec->slave = pipes[0][1];
+        pipes[0][1] = -1;
+    }
     for (int i = 0; i < 3; i++) {
         close_fd(&pipes[i][1]);
         if (error)
@@ -210,7 +215,8 @@ int start_exec(const struct message *request, int *fds, int fd_count)
         exec = execs[i].used ? NULL : &execs[i];
     if (!exec)
         return ENOBUFS;
-    *exec = (struct exec){.number = request->exec, .terminal = terminal, .ring = -1, .stdin_write = -1, .failure = -1,
+    *exec = (struct exec){.number = request->exec, .terminal = terminal, .ring = -1,
+                          .stdin_write = -1, .slave = -1, .failure = -1,
                           .pipes = {{.fd = -1}, {.fd = -1}}, .wait_offset = 0};
     struct stat status;
     if (fstat(fds[1], &status) != 0 || !S_ISREG(status.st_mode) ||

@@ -185,6 +185,7 @@ static void record_exit(struct exec *exec, int status)
     }
     close_fd(&exec->failure);
     close_fd(&exec->stdin_write);
+    close_fd(&exec->slave);
     for (int stream = 0; stream < 2; stream++) {
         int pending = 0;
         if (exec->terminal) {

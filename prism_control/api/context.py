@@ -1,12 +1,12 @@
 """What every service needs of the node that it runs on."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_common.channels import ChannelPool
-from prism_common.errors import NotFoundError
+from prism_common.errors import NotFoundError, PrismError
 from prism_common.signal import KeyedSignal, Signal
 from prism_control.api.forward import Forwarder
 from prism_control.state.commands import Command
@@ -24,6 +24,7 @@ class ApiContext:
         changed: Notified after each change of the state.
         sandbox_changed: Notified, by id, after each change of a sandbox.
         submit: Proposes a command and returns its result; on the leader.
+        submit_all: Proposes a group, and returns each one's result or failure; on the leader.
         read_barrier: Returns once `machine` holds all that was acknowledged before.
         forwarder: Serves writes here or on the leader.
         agents: Channels to the agents' node APIs.
@@ -34,6 +35,7 @@ class ApiContext:
     changed: Signal
     sandbox_changed: KeyedSignal
     submit: Callable[[Command, int], Awaitable[Result]]
+    submit_all: Callable[[Sequence[tuple[Command, int]]], Awaitable[list[Result | PrismError]]]
     read_barrier: Callable[[], Awaitable[None]]
     forwarder: Forwarder
     agents: ChannelPool

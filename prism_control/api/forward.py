@@ -35,7 +35,7 @@ _MOVED_GRACE_S: Final = 0.5
 #: Before the same leader is tried again.
 _PAUSE_S: Final = 0.05
 #: Nothing was done, or it may be sent again because its request id makes it happen once.
-_SAFE_TO_RESEND: Final = frozenset({"NOT_LEADER", "NO_LEADER", "OUTCOME_UNKNOWN", "STOPPING"})
+SAFE_TO_RESEND: Final = frozenset({"NOT_LEADER", "NO_LEADER", "OUTCOME_UNKNOWN", "STOPPING"})
 #: Refused before it was proposed, which says nothing of an attempt before.
 _NOT_PROPOSED: Final = frozenset({"QUEUE_FULL", "DISK_FULL"})
 #: Statuses without ErrorInfo: the connection failed, or the leader's server ended the call.
@@ -114,7 +114,7 @@ class Forwarder:
             except PrismError as error:
                 if error.code == OutcomeUnknownError.reason:
                     unknown = error
-                if forwarded or error.code not in _SAFE_TO_RESEND:
+                if forwarded or error.code not in SAFE_TO_RESEND:
                     raise _as_known(error, unknown) from None
             # An attempt may wait for long; only what passes without a leader counts.
             leader_ends = min(ends, leader_ends + time.monotonic() - started)

@@ -13,7 +13,6 @@ from prism_common.errors import (
     InvalidArgumentError,
     NodeUnreachableError,
     NoLeaderError,
-    NotServedError,
 )
 from prism_common.names import shorten
 from prism_common.status import from_rpc_error
@@ -21,11 +20,19 @@ from prism_control.api import validation
 from prism_control.api.context import ApiContext
 from prism_control.api.forward import time_left_s
 from prism_control.rows import node_proto
+from prism_control.state import commands
+from prism_control.state.commands import Command
+from prism_control.state.events import NodeChanged, NodeRemoved
 from prism_control.state.machine import Machine
 from prism_control.state.model import NodeRow
+from prism_control.state.results import NodeOk, Refused
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
+_SERVICE: Final = "/prism.node.v1.NodeService/"
+_EVENTS_A_TURN: Final = 500
+#: Longer than any work on a machine that is announced beforehand.
+_DRAIN_S_MAX: Final = 7 * 24 * 3600.0
 _BARRIER_TIMEOUT_S: Final = 6.0
 #: An agent that measures itself answers in milliseconds.
 _AGENT_TIMEOUT_S: Final = 5.0
@@ -82,27 +89,78 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
     async def WatchNodes(
         self, request: node_pb2.WatchNodesRequest, context: Context
     ) -> AsyncIterator[node_pb2.WatchNodesResponse]:
-        """Not served yet."""
-        raise NotServedError("WatchNodes")
-        yield
+        """Stream all nodes, and then every change."""
+        machine = await self._fresh(context)
+        revision = machine.revision
+        for row in machine.nodes():
+            yield node_pb2.WatchNodesResponse(node=self._proto(machine, row))
+        while True:
+            machine = self._api.machine()
+            events = machine.changes_since(revision, _EVENTS_A_TURN)
+            for event in events:
+                revision = event.revision
+                if isinstance(event, NodeChanged | NodeRemoved):
+                    yield node_pb2.WatchNodesResponse(
+                        node=self._proto(machine, event.row),
+                        removed=isinstance(event, NodeRemoved),
+                    )
+            if not events:
+                await self._api.changed.wait()
 
     async def CordonNode(
         self, request: node_pb2.CordonNodeRequest, context: Context
     ) -> node_pb2.Node:
-        """Not served yet."""
-        raise NotServedError("CordonNode")
+        """Place nothing new on a node."""
+        validation.reference(request.node, "node")
+
+        async def cordon(request: node_pb2.CordonNodeRequest, left_s: float) -> node_pb2.Node:
+            return await self._steer(commands.CordonNode(request.node, cordoned=True))
+
+        return await self._api.forwarder.call(
+            _SERVICE + "CordonNode", request, node_pb2.Node, context, cordon
+        )
 
     async def UncordonNode(
         self, request: node_pb2.UncordonNodeRequest, context: Context
     ) -> node_pb2.Node:
-        """Not served yet."""
-        raise NotServedError("UncordonNode")
+        """Place new sandboxes on a node again, and end its drain."""
+        validation.reference(request.node, "node")
+
+        async def uncordon(request: node_pb2.UncordonNodeRequest, left_s: float) -> node_pb2.Node:
+            return await self._steer(commands.CordonNode(request.node, cordoned=False))
+
+        return await self._api.forwarder.call(
+            _SERVICE + "UncordonNode", request, node_pb2.Node, context, uncordon
+        )
 
     async def DrainNode(
         self, request: node_pb2.DrainNodeRequest, context: Context
     ) -> node_pb2.Node:
-        """Not served yet."""
-        raise NotServedError("DrainNode")
+        """Cordon a node, and move or end what runs there."""
+        validation.reference(request.node, "node")
+        self._deadline_ms(request)
+
+        async def drain(request: node_pb2.DrainNodeRequest, left_s: float) -> node_pb2.Node:
+            return await self._steer(commands.DrainNode(request.node, self._deadline_ms(request)))
+
+        return await self._api.forwarder.call(
+            _SERVICE + "DrainNode", request, node_pb2.Node, context, drain
+        )
+
+    @staticmethod
+    def _deadline_ms(request: node_pb2.DrainNodeRequest) -> int:
+        return validation.duration_ms(
+            request.deadline if request.HasField("deadline") else None,
+            "deadline", 0, _DRAIN_S_MAX,
+        )  # fmt: skip
+
+    async def _steer(self, command: Command) -> node_pb2.Node:
+        result = await self._api.submit(command, 256)
+        if isinstance(result, Refused):
+            raise result.error()
+        if not isinstance(result, NodeOk):
+            raise TypeError(f"{type(command).__name__} was answered by {type(result).__name__}")
+        return self._proto(self._api.machine(), result.node)
 
     async def _fresh(self, context: Context) -> Machine:
         """Return the state as of now."""

@@ -12,22 +12,23 @@ import grpc.aio
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_common import limits, names
-from prism_common.errors import (
-    DeadlineError,
-    InvalidArgumentError,
-    NotFoundError,
-    NotServedError,
-    WrongStateError,
-)
+from prism_common.errors import InvalidArgumentError
 from prism_control.api import validation
+from prism_control.api.batches import Batches, check_batch
 from prism_control.api.context import ApiContext
 from prism_control.api.data_path import DataPath
+from prism_control.api.lifecycle import (
+    Waits,
+    check_create,
+    create_command,
+    delete_command,
+    row_of,
+)
 from prism_control.rows import sandbox_proto
 from prism_control.state import commands
 from prism_control.state.commands import Command
 from prism_control.state.events import SandboxChanged
-from prism_control.state.model import SandboxRow, SandboxState, is_placed
-from prism_control.state.results import Ok, Refused, Result
+from prism_control.state.model import SandboxRow, SandboxState, pairs
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -38,20 +39,6 @@ _PROGRESS_INTERVAL_S: Final = 10.0
 _EVENTS_A_TURN: Final = 500
 #: A page ends here too: with full environments 50 sandboxes would not fit into a message.
 _PAGE_BYTES_MAX: Final = limits.MESSAGE_BYTES_MAX - 512 * limits.KIB
-#: Answered before the call's own deadline, so that the caller gets a reason and not a bare timeout.
-_DEADLINE_MARGIN_S: Final = 0.05
-_WAITS: Final = frozenset(sandbox_pb2.WaitUntil.values())
-#: States from which READY does not follow by itself.
-_NEVER_READY: Final = frozenset(
-    {
-        SandboxState.STOPPING,
-        SandboxState.STOPPED,
-        SandboxState.FAILED,
-        SandboxState.LOST,
-        SandboxState.DELETING,
-        SandboxState.DELETED,
-    }
-)
 
 
 class SandboxServicer(DataPath):
@@ -59,6 +46,8 @@ class SandboxServicer(DataPath):
 
     def __init__(self, api: ApiContext) -> None:
         super().__init__(api)
+        self._waits = Waits(api)
+        self._batches = Batches(api, self._waits)
 
     # ── Writes ───────────────────────────────────────────────────────────────────────────────
 
@@ -66,13 +55,7 @@ class SandboxServicer(DataPath):
         self, request: sandbox_pb2.CreateSandboxRequest, context: Context
     ) -> sandbox_pb2.Sandbox:
         """Create one sandbox."""
-        if request.name:
-            names.validate_name(request.name, "name")
-        validation.spec_of(request.spec)
-        if request.wait_until not in _WAITS:
-            raise InvalidArgumentError(
-                f"wait_until: {request.wait_until} is not COMMITTED or READY", field="wait_until"
-            )
+        check_create(request)
         request.request_id = validation.request_id(request.request_id)
         return await self._api.forwarder.call(
             _SERVICE + "CreateSandbox", request, sandbox_pb2.Sandbox, context, self._create
@@ -81,17 +64,11 @@ class SandboxServicer(DataPath):
     async def _create(
         self, request: sandbox_pb2.CreateSandboxRequest, left_s: float
     ) -> sandbox_pb2.Sandbox:
-        command = commands.CreateSandbox(
-            request_id=request.request_id,
-            fingerprint=validation.fingerprint(request, "wait_until"),
-            sandbox_id=names.generate_id("sb"),
-            name=request.name or names.generate_name(),
-            spec=validation.spec_of(request.spec),
-        )
+        command = create_command(request)
         ends = asyncio.get_running_loop().time() + left_s
         row = await self._submit(command, request.ByteSize())
         if request.wait_until == sandbox_pb2.WAIT_UNTIL_READY:
-            row = await self._wait_ready(row.id, ends)
+            row = await self._waits.ready(row.id, ends)
         return sandbox_proto(row)
 
     async def StopSandbox(
@@ -149,26 +126,101 @@ class SandboxServicer(DataPath):
     async def _delete(
         self, request: sandbox_pb2.DeleteSandboxRequest, left_s: float
     ) -> sandbox_pb2.Sandbox:
-        command = commands.DeleteSandbox(
-            request_id=request.request_id,
-            fingerprint=validation.fingerprint(request, "wait"),
-            sandbox=request.sandbox,
-            force=request.force,
-            grace_ms=int(limits.GRACE_S_DEFAULT * 1000),
-        )
+        command = delete_command(request)
         ends = asyncio.get_running_loop().time() + left_s
         row = await self._submit(command, request.ByteSize())
         if request.wait:
-            row = await self._wait_deleted(row, ends)
+            row = await self._waits.deleted(row, ends)
         return sandbox_proto(row)
 
+    async def BatchCreateSandboxes(
+        self, request: sandbox_pb2.BatchCreateSandboxesRequest, context: Context
+    ) -> sandbox_pb2.BatchCreateSandboxesResponse:
+        """Create many."""
+        check_batch(request)
+        return await self._api.forwarder.call(
+            _SERVICE + "BatchCreateSandboxes",
+            request,
+            sandbox_pb2.BatchCreateSandboxesResponse,
+            context,
+            self._batches.create,
+        )
+
+    async def BatchDeleteSandboxes(
+        self, request: sandbox_pb2.BatchDeleteSandboxesRequest, context: Context
+    ) -> sandbox_pb2.BatchDeleteSandboxesResponse:
+        """Delete many."""
+        check_batch(request)
+        return await self._api.forwarder.call(
+            _SERVICE + "BatchDeleteSandboxes",
+            request,
+            sandbox_pb2.BatchDeleteSandboxesResponse,
+            context,
+            self._batches.delete,
+        )
+
+    async def UpdateSandbox(
+        self, request: sandbox_pb2.UpdateSandboxRequest, context: Context
+    ) -> sandbox_pb2.Sandbox:
+        """Change labels or the deadline."""
+        validation.reference(request.sandbox, "sandbox")
+        names.validate_labels(dict(request.labels), "labels")
+        validation.expire_ms(request)
+        request.request_id = validation.request_id(request.request_id)
+        return await self._api.forwarder.call(
+            _SERVICE + "UpdateSandbox", request, sandbox_pb2.Sandbox, context, self._update
+        )
+
+    async def _update(
+        self, request: sandbox_pb2.UpdateSandboxRequest, left_s: float
+    ) -> sandbox_pb2.Sandbox:
+        command = commands.UpdateSandbox(
+            request_id=request.request_id,
+            fingerprint=validation.fingerprint(request),
+            sandbox=request.sandbox,
+            labels=pairs(dict(request.labels)),
+            expire_ms=validation.expire_ms(request),
+        )
+        return sandbox_proto(await self._submit(command, request.ByteSize()))
+
+    async def PauseSandbox(
+        self, request: sandbox_pb2.PauseSandboxRequest, context: Context
+    ) -> sandbox_pb2.Sandbox:
+        """Freeze a sandbox's processes."""
+        validation.reference(request.sandbox, "sandbox")
+        request.request_id = validation.request_id(request.request_id)
+        return await self._api.forwarder.call(
+            _SERVICE + "PauseSandbox", request, sandbox_pb2.Sandbox, context, self._pause
+        )
+
+    async def _pause(
+        self, request: sandbox_pb2.PauseSandboxRequest, left_s: float
+    ) -> sandbox_pb2.Sandbox:
+        command = commands.PauseSandbox(
+            request.request_id, validation.fingerprint(request), request.sandbox
+        )
+        return sandbox_proto(await self._submit(command, request.ByteSize()))
+
+    async def ResumeSandbox(
+        self, request: sandbox_pb2.ResumeSandboxRequest, context: Context
+    ) -> sandbox_pb2.Sandbox:
+        """Thaw a sandbox's processes."""
+        validation.reference(request.sandbox, "sandbox")
+        request.request_id = validation.request_id(request.request_id)
+        return await self._api.forwarder.call(
+            _SERVICE + "ResumeSandbox", request, sandbox_pb2.Sandbox, context, self._resume
+        )
+
+    async def _resume(
+        self, request: sandbox_pb2.ResumeSandboxRequest, left_s: float
+    ) -> sandbox_pb2.Sandbox:
+        command = commands.ResumeSandbox(
+            request.request_id, validation.fingerprint(request), request.sandbox
+        )
+        return sandbox_proto(await self._submit(command, request.ByteSize()))
+
     async def _submit(self, command: Command, size: int) -> SandboxRow:
-        result: Result = await self._api.submit(command, size)
-        if isinstance(result, Refused):
-            raise result.error()
-        if not isinstance(result, Ok):
-            raise TypeError(f"{type(command).__name__} was answered by {type(result).__name__}")
-        return result.sandbox
+        return row_of(await self._api.submit(command, size), command)
 
     @staticmethod
     def _grace_ms(request: sandbox_pb2.StopSandboxRequest) -> int:
@@ -178,45 +230,6 @@ class SandboxServicer(DataPath):
             limits.GRACE_S_DEFAULT,
             limits.GRACE_S_MAX,
         )
-
-    # ── Waiting ──────────────────────────────────────────────────────────────────────────────
-
-    async def _wait_ready(self, sandbox_id: str, ends: float) -> SandboxRow:
-        while True:
-            row = self._api.machine().sandbox(sandbox_id)
-            if row is None or row.state in _NEVER_READY:
-                raise _not_ready(sandbox_id, row)
-            if row.state in (SandboxState.READY, SandboxState.PAUSED):
-                return row
-            await self._wait_change(ends, row)
-
-    async def _wait_deleted(self, row: SandboxRow, ends: float) -> SandboxRow:
-        while True:
-            latest = self._api.machine().sandbox(row.id)
-            if latest is None or not is_placed(latest):
-                return latest or row
-            await self._wait_change(ends, latest)
-
-    async def _wait_change(self, ends: float, row: SandboxRow) -> None:
-        """Wait for a change of a sandbox.
-
-        Args:
-            ends: The loop's time at the call's deadline.
-            row: The sandbox as it is.
-
-        Raises:
-            DeadlineError: There is no time left; the sandbox goes on as it was told.
-        """
-        try:
-            async with asyncio.timeout_at(ends - _DEADLINE_MARGIN_S):
-                await self._api.sandbox_changed.wait(row.id)
-        except TimeoutError:
-            why = "; ".join(f"{r.node_name}: {r.reason}" for r in row.placement)
-            raise DeadlineError(
-                f"sandbox {row.name} is {row.state.name} at the call's deadline, and goes on"
-                + (f": {why}" if why else ""),
-                metadata={"sandbox": row.id},
-            ) from None
 
     # ── Reads ────────────────────────────────────────────────────────────────────────────────
 
@@ -300,48 +313,6 @@ class SandboxServicer(DataPath):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(progress_at):
                         await self._api.changed.wait()
-
-    # ── Not served yet ───────────────────────────────────────────────────────────────────────
-
-    async def BatchCreateSandboxes(
-        self, request: sandbox_pb2.BatchCreateSandboxesRequest, context: Context
-    ) -> sandbox_pb2.BatchCreateSandboxesResponse:
-        """Not served yet."""
-        raise NotServedError("BatchCreateSandboxes")
-
-    async def BatchDeleteSandboxes(
-        self, request: sandbox_pb2.BatchDeleteSandboxesRequest, context: Context
-    ) -> sandbox_pb2.BatchDeleteSandboxesResponse:
-        """Not served yet."""
-        raise NotServedError("BatchDeleteSandboxes")
-
-    async def UpdateSandbox(
-        self, request: sandbox_pb2.UpdateSandboxRequest, context: Context
-    ) -> sandbox_pb2.Sandbox:
-        """Not served yet."""
-        raise NotServedError("UpdateSandbox")
-
-    async def PauseSandbox(
-        self, request: sandbox_pb2.PauseSandboxRequest, context: Context
-    ) -> sandbox_pb2.Sandbox:
-        """Not served yet."""
-        raise NotServedError("PauseSandbox")
-
-    async def ResumeSandbox(
-        self, request: sandbox_pb2.ResumeSandboxRequest, context: Context
-    ) -> sandbox_pb2.Sandbox:
-        """Not served yet."""
-        raise NotServedError("ResumeSandbox")
-
-
-def _not_ready(sandbox_id: str, row: SandboxRow | None) -> WrongStateError | NotFoundError:
-    if row is None:
-        return NotFoundError(f"sandbox {sandbox_id} is gone", reason="SANDBOX_NOT_FOUND")
-    why = row.message or row.reason
-    return WrongStateError(
-        f"sandbox {row.name} is {row.state.name}" + (f": {why}" if why else ""),
-        metadata={"sandbox": row.id, "state": row.state.name, "cause": row.reason},
-    )
 
 
 def _encode_token(revision: int) -> str:

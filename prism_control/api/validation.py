@@ -1,6 +1,8 @@
 """Requests to specs: defaults filled in, and every bound checked before anything is proposed."""
 
+import functools
 import hashlib
+import time
 from typing import Final
 
 from google.protobuf import duration_pb2
@@ -14,6 +16,8 @@ from prism_control.state.model import OnNodeLoss, Spec, pairs
 #: The images that this version serves.
 _IMAGES: Final = ("host",)
 _RUNTIMES: Final = ("", "bubblewrap", "gvisor", "fake")
+#: Specs that are remembered; each may be 64 KiB of environment.
+_SPECS_MAX: Final = 64
 #: A prefix of an id or name that may be looked up.
 _REFERENCE_LENGTH_MAX: Final = 128
 
@@ -74,12 +78,40 @@ def duration_ms(
     return nanoseconds // 10**6
 
 
+def expire_ms(request: sandbox_pb2.UpdateSandboxRequest) -> int:
+    """Return the new end of life in milliseconds since 1970; 0: it stays as it is.
+
+    Raises:
+        InvalidArgumentError: It is before 1970, or beyond any time to live from now.
+    """
+    if not request.HasField("expire_time"):
+        return 0
+    latest_s = time.time() + limits.TTL_S_MAX
+    if not 0 < request.expire_time.seconds <= latest_s:
+        raise InvalidArgumentError(
+            f"expire_time: {request.expire_time.seconds} s since 1970 is not within "
+            f"{limits.TTL_S_MAX} s from now",
+            field="expire_time",
+        )
+    return request.expire_time.seconds * 1000 + request.expire_time.nanos // 10**6
+
+
 def spec_of(proto: sandbox_pb2.SandboxSpec) -> Spec:
     """Return what to store of a request's spec.
 
     Raises:
         InvalidArgumentError: A field is out of its range; it names field and range.
     """
+    return _spec_of(proto.SerializeToString(deterministic=True))
+
+
+@functools.lru_cache(maxsize=_SPECS_MAX)
+def _spec_of(data: bytes) -> Spec:
+    """Read a spec. Most are equal, and each is read twice: when it is checked and when proposed."""
+    return _read_spec(sandbox_pb2.SandboxSpec.FromString(data))
+
+
+def _read_spec(proto: sandbox_pb2.SandboxSpec) -> Spec:
     image = proto.image or "host"
     if image not in _IMAGES:
         raise InvalidArgumentError(

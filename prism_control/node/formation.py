@@ -16,7 +16,7 @@ from prism_common.status import from_rpc_error
 from prism_control.raft import formation
 from prism_control.raft.configuration import bootstrap
 from prism_control.raft.formation import PeerView
-from prism_control.raft.types import Configuration, Member, MemberId
+from prism_control.raft.types import Configuration, Member
 from prism_control.storage.log import Formation, LogStore
 from prism_control.transport import wire
 
@@ -33,25 +33,6 @@ _STRICT_TIMEOUT_S: Final = 60.0
 def new_cluster_id() -> str:
     """Return a random cluster id."""
     return f"cl-{secrets.token_hex(8)}"
-
-
-def may_promise(promised: Configuration | None, proposer: MemberId) -> str:
-    """Return why a proposal cannot be accepted by who has accepted another; empty: it can.
-
-    Only the proposer of the other knows whether that has started, so only it can take it back. A
-    member that could be won over by anyone else could complete two clusters, one behind the back
-    of the other, where `--join` lists overlap and differ.
-    """
-    if promised is None:
-        return ""
-    first = min(promised.voters)
-    if proposer == first:
-        return ""
-    name = next((member.name for member in promised.members if member.id == first), f"{first:016x}")
-    return (
-        f"it has promised to form a cluster that {name} proposed: start {name} again, or remove "
-        "this member's data directory, which holds nothing yet"
-    )
 
 
 class FormationEdge:
@@ -98,8 +79,9 @@ class FormationEdge:
                 reason=f"it belongs to cluster {identity.cluster_id} already"
             )
         configuration = wire.decode_configuration(request.configuration)
-        reason = formation.may_accept(self._me.id, self._expected, configuration, request.proposer)
-        reason = reason or may_promise(self._promised(), request.proposer)
+        reason = formation.may_accept(
+            self._me.id, self._expected, configuration, request.proposer, self._promised()
+        )
         if not reason:
             self._accept(request.cluster_id, configuration)
         return raft_pb2.FormResponse(accepted=not reason, reason=reason)
@@ -179,10 +161,15 @@ class FormationEdge:
                 )
 
     async def _turn(self, pool: channels.ChannelPool) -> bool:
-        decision = formation.decide(self._me, self._expected, await self._ask_all(pool))
+        peers = await self._ask_all(pool)
+        decision = formation.decide(self._me, self._expected, peers, self._promised())
         match decision:
             case formation.Start():
-                self._start(decision.cluster_id, decision.configuration)
+                accepted = self._store.formation
+                known = accepted is not None and accepted.cluster_id == decision.cluster_id
+                # All write the same first entry; the others may have changed who they are since.
+                first = self._promised() if known else decision.configuration
+                self._start(decision.cluster_id, first)
                 return True
             case formation.Propose():
                 return await self._propose(pool, decision.configuration)
@@ -217,17 +204,14 @@ class FormationEdge:
         answers = await asyncio.gather(*(ask(address) for address in self._join))
         return [answer for answer in answers if answer is not None]
 
-    def _promised(self) -> Configuration | None:
-        """Return what this member has promised to start with, if it has."""
+    def _promised(self) -> Configuration:
+        """Return what this member has promised to start with; without voters if nothing."""
         accepted = self._store.formation
         if accepted is None:
-            return None
+            return Configuration()
         return msgspec.msgpack.decode(accepted.configuration, type=Configuration)
 
     async def _propose(self, pool: channels.ChannelPool, configuration: Configuration) -> bool:
-        if refusal := may_promise(self._promised(), self._me.id):
-            self._wait(refusal)
-            return False
         accepted = self._store.formation
         encoded = msgspec.msgpack.encode(configuration)
         # A proposal that was interrupted goes on under the same cluster id.

@@ -17,6 +17,7 @@ from prism_control.node.replica import Replica
 from prism_control.raft.types import Member
 from prism_control.scheduler.core import Scheduler
 from prism_control.scheduler.deadlines import Deadlines
+from prism_control.scheduler.drains import Drains
 from prism_control.scheduler.liveness import Liveness
 from prism_control.state.commands import AssignSandboxes, Command
 from prism_control.state.events import Event, SandboxChanged
@@ -180,12 +181,16 @@ class Leadership:
             self._metrics.placements.labels("committed").inc(committed)
 
     async def _watch(self, liveness: Liveness, deadlines: Deadlines) -> None:
-        """Propose what silence and deadlines ask for."""
+        """Propose what silence, deadlines and drains ask for."""
+        drains = Drains()
         while True:
             commands: list[Command] = list(liveness.tick(monotonic_ms(), wall_ms()))
             expired = deadlines.due(wall_ms())
             if expired is not None:
                 commands.append(expired)
+            evicted = drains.due(self._replica.machine, wall_ms())
+            if evicted is not None:
+                commands.append(evicted)
             for command in commands:
                 try:
                     await self._batcher.submit(command)

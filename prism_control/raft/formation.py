@@ -8,10 +8,10 @@ proposer starts, and the others start when they see that it has.
 Why there is never a second cluster with a majority of started members, even if more members than
 expected find each other: a configuration starts only after every member in it has accepted, and
 its proposer is the first to start. A member that has accepted keeps that promise: it accepts
-something else only of the same proposer, which thereby gives up what it had proposed before, and has
-not started. So of two configurations that start, no member is in both, or one proposer has started
-twice, which it does not. If the proposer itself is lost for good before it has started, the others
-must be started anew with empty data directories; nothing is in them yet.
+something else only of the same proposer, which thereby gives up what it had proposed before, and
+has not started. So two configurations that start have no member in common, or else one proposer
+would have started twice. If the proposer is lost for good before it has started, the others must be
+started anew with empty data directories; nothing is in them yet.
 
 Pure: the edge asks, persists and sends.
 """
@@ -19,12 +19,16 @@ Pure: the edge asks, persists and sends.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from prism_control.raft.types import Configuration, Member, MemberId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+#: Nothing was accepted yet.
+_NOTHING: Final = Configuration()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class Start:
 
 
 def decide(
-    me: Member, expected: int, peers: Iterable[PeerView], accepted: Configuration = Configuration()
+    me: Member, expected: int, peers: Iterable[PeerView], accepted: Configuration = _NOTHING
 ) -> Wait | Propose | Start:
     """Return what a member that has not started does next.
 
@@ -112,7 +116,7 @@ def may_accept(
     expected: int,
     configuration: Configuration,
     proposer: MemberId,
-    accepted: Configuration = Configuration(),
+    accepted: Configuration = _NOTHING,
 ) -> str:
     """Return why a member that has not started refuses a proposal; empty: it accepts.
 
@@ -141,6 +145,6 @@ def may_accept(
 def _promised(accepted: Configuration) -> str:
     names = ", ".join(member.name for member in accepted.members)
     return (
-        f"it has agreed to form a cluster of {names}; if those are not the members to be, start all "
-        "of them anew with empty data directories"
+        f"it has agreed to form a cluster of {names}; if those are not the members to be, start "
+        "all of them anew with empty data directories"
     )

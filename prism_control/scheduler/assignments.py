@@ -57,7 +57,7 @@ class Assignment(Struct, frozen=True, gc=False):
 
 
 #: What an assignment asks for beyond its sandbox's fixed facts: equal ones need no second message.
-_Wish: TypeAlias = tuple[int, DesiredState, int, int]
+_Wish: TypeAlias = tuple[int, DesiredState, int, int, int]
 
 
 def assignment_of(row: SandboxRow) -> Assignment:
@@ -241,7 +241,7 @@ def _is_start(row: SandboxRow) -> bool:
 
 
 def _wish_of(row: SandboxRow) -> _Wish:
-    return row.generation, row.desired, row.start_count, row.grace_ms
+    return row.generation, row.desired, row.start_count, row.grace_ms, row.expire_ms
 
 
 def _size(assignment: Assignment) -> int:

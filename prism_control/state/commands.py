@@ -26,7 +26,7 @@ from prism_control.state.model import (
 )
 
 #: Highest version of proposals that this member can apply.
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 class UnknownCommandError(PrismError):
@@ -221,6 +221,56 @@ class ExpireSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=12):
     sandbox_ids: tuple[str, ...]
 
 
+class UpdateSandbox(Struct, frozen=True, array_like=True, gc=False, tag=13):
+    """Changes labels or the deadline. Result: Ok, or Refused (NOT_FOUND, WRONG_STATE, INVALID).
+
+    Attributes:
+        labels: To set; an empty value removes one.
+        expire_ms: The new end of life; 0: as it was.
+    """
+
+    request_id: str
+    fingerprint: bytes
+    sandbox: str
+    labels: Pairs = ()
+    expire_ms: int = 0
+
+
+class PauseSandbox(Struct, frozen=True, array_like=True, gc=False, tag=14):
+    """Has its processes frozen. Result: Ok, or Refused (NOT_FOUND, WRONG_STATE)."""
+
+    request_id: str
+    fingerprint: bytes
+    sandbox: str
+
+
+class ResumeSandbox(Struct, frozen=True, array_like=True, gc=False, tag=15):
+    """Has its processes thawed. Result: Ok, or Refused (NOT_FOUND, WRONG_STATE)."""
+
+    request_id: str
+    fingerprint: bytes
+    sandbox: str
+
+
+class DrainNode(Struct, frozen=True, array_like=True, gc=False, tag=16):
+    """Cordons a node that shall be empty. Result: NodeOk, or Refused (NOT_FOUND).
+
+    Attributes:
+        node: Id or exact name.
+        deadline_ms: From now until what is left there is ended.
+    """
+
+    node: str
+    deadline_ms: int = 0
+
+
+class EvictSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=17):
+    """Moves or ends sandboxes of a node that drains. Result: Applied; those not due are ignored."""
+
+    node_id: str
+    sandbox_ids: tuple[str, ...]
+
+
 Command: TypeAlias = (
     CreateSandbox
     | DeleteSandbox
@@ -234,7 +284,15 @@ Command: TypeAlias = (
     | ReviveNode
     | CordonNode
     | ExpireSandboxes
+    | UpdateSandbox
+    | PauseSandbox
+    | ResumeSandbox
+    | DrainNode
+    | EvictSandboxes
 )
+
+#: What members of version 1 cannot apply.
+_SINCE_2: Final = (UpdateSandbox, PauseSandbox, ResumeSandbox, DrainNode, EvictSandboxes)
 
 
 class Proposal(Struct, frozen=True, array_like=True, gc=False):
@@ -249,6 +307,17 @@ class Proposal(Struct, frozen=True, array_like=True, gc=False):
     version: int
     at_ms: int
     items: tuple[Command, ...]
+
+
+def propose(at_ms: int, items: tuple[Command, ...]) -> Proposal:
+    """Return a proposal of the lowest version that can apply its items."""
+    return Proposal(2 if any(_needs_2(item) for item in items) else 1, at_ms, items)
+
+
+def _needs_2(item: Command) -> bool:
+    if isinstance(item, ReportSandboxes | RegisterNode):
+        return any(report.state is ObservedState.PAUSED for report in item.reports)
+    return isinstance(item, _SINCE_2)
 
 
 class _Head(Struct, frozen=True, array_like=True):

@@ -24,6 +24,9 @@ _USERS: Final[dict[type, Callable[[Tables, Any], Ok | Refused]]] = {
     commands.DeleteSandbox: sandbox_handlers.delete,
     commands.StopSandbox: sandbox_handlers.stop,
     commands.StartSandbox: sandbox_handlers.start,
+    commands.UpdateSandbox: sandbox_handlers.update,
+    commands.PauseSandbox: sandbox_handlers.pause,
+    commands.ResumeSandbox: sandbox_handlers.resume,
 }
 #: Commands of the leader: repeating them is harmless.
 _LEADERS: Final[dict[type, _Handler]] = {
@@ -35,6 +38,8 @@ _LEADERS: Final[dict[type, _Handler]] = {
     commands.LoseNode: node_handlers.lose,
     commands.ReviveNode: node_handlers.revive,
     commands.CordonNode: node_handlers.cordon,
+    commands.DrainNode: node_handlers.drain,
+    commands.EvictSandboxes: node_handlers.evict,
 }
 #: Rows that any apply may drop beyond those that it adds: old rows go in small slices.
 _COMPACT_MIN: Final = 64

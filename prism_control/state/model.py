@@ -55,6 +55,7 @@ class DesiredState(enum.IntEnum):
     RUNNING = 1
     STOPPED = 2
     DELETED = 3
+    PAUSED = 4
 
 
 class ObservedState(enum.IntEnum):
@@ -66,6 +67,7 @@ class ObservedState(enum.IntEnum):
     STOPPED = 4
     FAILED = 5
     DELETED = 6
+    PAUSED = 7
 
 
 class NodeState(enum.IntEnum):
@@ -99,7 +101,7 @@ NOTHING: Final = Amounts()
 
 
 class Spec(Struct, frozen=True, array_like=True, gc=False):
-    """What the user asked for, with defaults filled in by the API. Fixed after creation.
+    """What the user asked for, with defaults filled in by the API. Only labels change.
 
     Attributes:
         ttl_ms: From creation to removal; 0 is none.
@@ -210,6 +212,7 @@ class NodeRow(Struct, frozen=True, array_like=True, gc=False):
             so that the next leader waits as long as its predecessor had promised.
         heartbeat_ms: Time between heartbeats that it was told.
         last_seen_ms: When a leader had last heard it, as of the last change of this row.
+        drain_ms: While it drains: when what is left there is ended; 0: it does not drain.
     """
 
     id: str
@@ -227,6 +230,7 @@ class NodeRow(Struct, frozen=True, array_like=True, gc=False):
     create_ms: int
     last_seen_ms: int
     cordoned: bool = False
+    drain_ms: int = 0
 
 
 #: States in which nothing of a sandbox is left on a node that its agent should know of.

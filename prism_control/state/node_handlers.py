@@ -9,6 +9,8 @@ from msgspec.structs import replace
 
 from prism_control.state.commands import (
     CordonNode,
+    DrainNode,
+    EvictSandboxes,
     LoseNode,
     RegisterNode,
     Report,
@@ -23,13 +25,16 @@ from prism_control.state.model import (
     OnNodeLoss,
     SandboxRow,
     SandboxState,
+    is_placed,
 )
 from prism_control.state.results import Applied, NodeOk, RefusalKind, Refused
+from prism_control.state.sandbox_handlers import GRACE_MS_DEFAULT, remove
 from prism_control.state.tables import Tables
 from prism_control.state.transitions import CAUSE_OF_REPORT, Cause, next_state
 
 NODE_LOST: Final = "NODE_LOST"
 NODE_FORGOT: Final = "NODE_FORGOT"
+NODE_DRAINED: Final = "NODE_DRAINED"
 #: A LOST node is listed for this long, so that somebody sees it; then it is forgotten.
 LOST_NODE_KEPT_MS: Final = 24 * 3600 * 1000
 #: Rows stay small, whatever an agent says.
@@ -77,6 +82,7 @@ def register(tables: Tables, command: RegisterNode) -> NodeOk | Refused:
             create_ms=tables.now_ms if previous is None else previous.create_ms,
             last_seen_ms=tables.now_ms,
             cordoned=previous is not None and previous.cordoned,
+            drain_ms=0 if previous is None else previous.drain_ms,
         )
     )
     for one in command.reports:
@@ -128,9 +134,45 @@ def cordon(tables: Tables, command: CordonNode) -> NodeOk | Refused:
     node = tables.node(command.node)
     if node is None:
         return Refused(RefusalKind.NOT_FOUND, f"no node {command.node!r}", "node")
-    if node.cordoned == command.cordoned:
+    drain_ms = node.drain_ms if command.cordoned else 0
+    if node.cordoned == command.cordoned and node.drain_ms == drain_ms:
         return NodeOk(node)
-    return NodeOk(tables.put_node(_with(node, node.state, node.last_seen_ms, command.cordoned)))
+    return NodeOk(tables.put_node(replace(node, cordoned=command.cordoned, drain_ms=drain_ms)))
+
+
+def drain(tables: Tables, command: DrainNode) -> NodeOk | Refused:
+    """Close a node, and note until when its sandboxes may stay."""
+    node = tables.node(command.node)
+    if node is None:
+        return Refused(RefusalKind.NOT_FOUND, f"no node {command.node!r}", "node")
+    drain_ms = max(tables.now_ms + command.deadline_ms, 1)
+    return NodeOk(tables.put_node(replace(node, cordoned=True, drain_ms=drain_ms)))
+
+
+def evict(tables: Tables, command: EvictSandboxes) -> Applied:
+    """Move sandboxes off a node that drains, or end them where its deadline has passed."""
+    node = tables.nodes.get(command.node_id)
+    if node is None or not node.drain_ms:
+        return Applied(0, len(command.sandbox_ids))
+    changed = 0
+    for key in command.sandbox_ids:
+        row = tables.sandboxes.get(key)
+        if row is not None and row.node_id == node.id and is_placed(row):
+            changed += _evict(tables, row, over=tables.now_ms >= node.drain_ms)
+    return Applied(changed, len(command.sandbox_ids) - changed)
+
+
+def _evict(tables: Tables, row: SandboxRow, *, over: bool) -> bool:
+    message = f"its node {row.node_name!r} was drained"
+    if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE:
+        state = next_state(row.state, Cause.RESCHEDULE)
+        if state is not None:
+            _reschedule(tables, row, state, message)
+            return True
+    if not over or row.state is SandboxState.DELETING:
+        return False
+    remove(tables, row, GRACE_MS_DEFAULT, NODE_DRAINED, message)
+    return True
 
 
 def _mark(
@@ -240,8 +282,5 @@ def _reschedule(tables: Tables, row: SandboxRow, state: SandboxState, message: s
     )
 
 
-def _with(
-    node: NodeRow, state: NodeState, last_seen_ms: int, cordoned: bool | None = None
-) -> NodeRow:
-    cordoned = node.cordoned if cordoned is None else cordoned
-    return replace(node, state=state, last_seen_ms=last_seen_ms, cordoned=cordoned)
+def _with(node: NodeRow, state: NodeState, last_seen_ms: int) -> NodeRow:
+    return replace(node, state=state, last_seen_ms=last_seen_ms)

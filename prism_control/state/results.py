@@ -18,6 +18,7 @@ class RefusalKind(enum.IntEnum):
     ALREADY_EXISTS = 2
     WRONG_STATE = 3
     REQUEST_ID_REUSED = 4
+    INVALID = 5
 
 
 _ERROR_OF: Final[dict[RefusalKind, type[errors.PrismError]]] = {
@@ -25,6 +26,7 @@ _ERROR_OF: Final[dict[RefusalKind, type[errors.PrismError]]] = {
     RefusalKind.ALREADY_EXISTS: errors.AlreadyExistsError,
     RefusalKind.WRONG_STATE: errors.WrongStateError,
     RefusalKind.REQUEST_ID_REUSED: errors.RequestIdReusedError,
+    RefusalKind.INVALID: errors.InvalidArgumentError,
 }
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from prism_common.limits import GRACE_S_DEFAULT
+from msgspec.structs import replace
+
+from prism_common.limits import GRACE_S_DEFAULT, LABELS_MAX
 from prism_control.state.commands import (
     AssignSandboxes,
     CreateSandbox,
     DeleteSandbox,
     ExpireSandboxes,
     Explanation,
+    PauseSandbox,
     Placement,
+    ResumeSandbox,
     StartSandbox,
     StopSandbox,
+    UpdateSandbox,
 )
 from prism_control.state.model import (
     REFUSALS_MAX,
@@ -24,13 +29,14 @@ from prism_control.state.model import (
     is_placed,
     need_of,
     new_sandbox,
+    pairs,
 )
 from prism_control.state.results import Applied, Assigned, Ok, RefusalKind, Refused
 from prism_control.state.tables import Tables
 from prism_control.state.transitions import Cause, next_state
 
 TTL_EXPIRED: Final = "TTL_EXPIRED"
-_GRACE_MS_DEFAULT: Final = int(GRACE_S_DEFAULT * 1000)
+GRACE_MS_DEFAULT: Final = int(GRACE_S_DEFAULT * 1000)
 
 
 def create(tables: Tables, command: CreateSandbox) -> Ok | Refused:
@@ -56,7 +62,7 @@ def delete(tables: Tables, command: DeleteSandbox) -> Ok | Refused:
     if row is None or row.state is SandboxState.DELETED:
         return _not_found(command.sandbox)
     grace_ms = 0 if command.force else command.grace_ms
-    return Ok(_remove(tables, row, grace_ms, row.reason, row.message))
+    return Ok(remove(tables, row, grace_ms, row.reason, row.message))
 
 
 def stop(tables: Tables, command: StopSandbox) -> Ok | Refused:
@@ -97,6 +103,53 @@ def start(tables: Tables, command: StartSandbox) -> Ok | Refused:
     )
 
 
+def update(tables: Tables, command: UpdateSandbox) -> Ok | Refused:
+    """Change labels or the deadline of a sandbox that lives."""
+    row = tables.sandbox(command.sandbox)
+    if row is None or row.state is SandboxState.DELETED:
+        return _not_found(command.sandbox)
+    if row.state is SandboxState.DELETING:
+        return _wrong_state(row, "changed")
+    labels = dict(row.spec.labels)
+    labels.update(command.labels)
+    kept = pairs({key: value for key, value in labels.items() if value})
+    if len(kept) > LABELS_MAX:
+        return Refused(
+            RefusalKind.INVALID,
+            f"labels: sandbox {row.name!r} would have {len(kept)}; at most {LABELS_MAX}",
+            "labels",
+        )
+    expire_ms = command.expire_ms or row.expire_ms
+    if kept == row.spec.labels and expire_ms == row.expire_ms:
+        return Ok(row)
+    spec = tables.intern(replace(row.spec, labels=kept))
+    return Ok(tables.put_sandbox(row, spec=spec, expire_ms=expire_ms))
+
+
+def pause(tables: Tables, command: PauseSandbox) -> Ok | Refused:
+    """Have a sandbox's processes frozen; its node says when they are."""
+    return _wish(tables, command.sandbox, Cause.PAUSE, DesiredState.PAUSED, "paused")
+
+
+def resume(tables: Tables, command: ResumeSandbox) -> Ok | Refused:
+    """Have a sandbox's processes thawed."""
+    return _wish(tables, command.sandbox, Cause.RESUME, DesiredState.RUNNING, "resumed")
+
+
+def _wish(
+    tables: Tables, reference: str, cause: Cause, desired: DesiredState, what: str
+) -> Ok | Refused:
+    row = tables.sandbox(reference)
+    if row is None or row.state is SandboxState.DELETED:
+        return _not_found(reference)
+    state = next_state(row.state, cause)
+    if state is None:
+        return _wrong_state(row, what)
+    if row.desired is desired:
+        return Ok(row)
+    return Ok(tables.put_sandbox(row, state=state, desired=desired))
+
+
 def expire(tables: Tables, command: ExpireSandboxes) -> Applied:
     """Remove sandboxes whose TTL is over."""
     changed = 0
@@ -106,7 +159,7 @@ def expire(tables: Tables, command: ExpireSandboxes) -> Applied:
             continue
         if row.state in (SandboxState.DELETING, SandboxState.DELETED):
             continue
-        _remove(tables, row, _GRACE_MS_DEFAULT, TTL_EXPIRED, "its time to live is over")
+        remove(tables, row, GRACE_MS_DEFAULT, TTL_EXPIRED, "its time to live is over")
         changed += 1
     return Applied(changed, len(command.sandbox_ids) - changed)
 
@@ -160,9 +213,7 @@ def _explain(tables: Tables, explanation: Explanation) -> None:
             tables.put_sandbox(row, message=explanation.message, placement=refusals)
 
 
-def _remove(
-    tables: Tables, row: SandboxRow, grace_ms: int, reason: str, message: str
-) -> SandboxRow:
+def remove(tables: Tables, row: SandboxRow, grace_ms: int, reason: str, message: str) -> SandboxRow:
     """Let a sandbox that is not DELETED go, by its node where that can be."""
     if is_placed(row):
         if row.state is SandboxState.DELETING:  # only a shorter grace period is news

@@ -33,6 +33,11 @@ class Cause(enum.IntEnum):
     REPORT_STOPPED = 10
     REPORT_FAILED = 11
     REPORT_DELETED = 12
+    REPORT_PAUSED = 13
+    #: The user wants its processes frozen.
+    PAUSE = 14
+    #: The user wants them thawed.
+    RESUME = 15
 
 
 _S = SandboxState
@@ -52,6 +57,7 @@ TRANSITIONS: Final = MappingProxyType(
         (_S.SCHEDULED, _C.RESCHEDULE): _S.PENDING,
         (_S.SCHEDULED, _C.REPORT_STARTING): _S.STARTING,
         (_S.SCHEDULED, _C.REPORT_READY): _S.READY,
+        (_S.SCHEDULED, _C.REPORT_PAUSED): _S.PAUSED,
         (_S.SCHEDULED, _C.REPORT_STOPPING): _S.STOPPING,
         (_S.SCHEDULED, _C.REPORT_STOPPED): _S.STOPPED,
         (_S.SCHEDULED, _C.REPORT_FAILED): _S.FAILED,
@@ -63,6 +69,7 @@ TRANSITIONS: Final = MappingProxyType(
         (_S.STARTING, _C.RESCHEDULE): _S.PENDING,
         (_S.STARTING, _C.REPORT_STARTING): _S.STARTING,
         (_S.STARTING, _C.REPORT_READY): _S.READY,
+        (_S.STARTING, _C.REPORT_PAUSED): _S.PAUSED,
         (_S.STARTING, _C.REPORT_STOPPING): _S.STOPPING,
         (_S.STARTING, _C.REPORT_STOPPED): _S.STOPPED,
         (_S.STARTING, _C.REPORT_FAILED): _S.FAILED,
@@ -72,13 +79,20 @@ TRANSITIONS: Final = MappingProxyType(
         (_S.READY, _C.DELETE): _S.DELETING,
         (_S.READY, _C.LOSE): _S.LOST,
         (_S.READY, _C.RESCHEDULE): _S.PENDING,
+        # Until its node has done it, one that shall be PAUSED or thawed stays what it was.
+        (_S.READY, _C.PAUSE): _S.READY,
+        (_S.READY, _C.RESUME): _S.READY,
         (_S.READY, _C.REPORT_READY): _S.READY,
+        (_S.READY, _C.REPORT_PAUSED): _S.PAUSED,
         (_S.READY, _C.REPORT_STOPPING): _S.STOPPING,
         (_S.READY, _C.REPORT_STOPPED): _S.STOPPED,
         (_S.READY, _C.REPORT_FAILED): _S.FAILED,
         (_S.READY, _C.REPORT_DELETED): _S.DELETED,
-        # PAUSED cannot be reached yet (PauseSandbox is not served); its ways out are here so that
-        # a member of this version applies the log of one that serves it.
+        #
+        (_S.PAUSED, _C.PAUSE): _S.PAUSED,
+        (_S.PAUSED, _C.RESUME): _S.PAUSED,
+        (_S.PAUSED, _C.REPORT_READY): _S.READY,
+        (_S.PAUSED, _C.REPORT_PAUSED): _S.PAUSED,
         (_S.PAUSED, _C.STOP): _S.STOPPING,
         (_S.PAUSED, _C.DELETE): _S.DELETING,
         (_S.PAUSED, _C.LOSE): _S.LOST,
@@ -131,6 +145,7 @@ CAUSE_OF_REPORT: Final[dict[ObservedState, Cause]] = {
     ObservedState.STOPPED: Cause.REPORT_STOPPED,
     ObservedState.FAILED: Cause.REPORT_FAILED,
     ObservedState.DELETED: Cause.REPORT_DELETED,
+    ObservedState.PAUSED: Cause.REPORT_PAUSED,
 }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -34,8 +34,8 @@ PROTOCOL_VERSION: Final = 1
 #: Reasons of a peer's refusal that do not pass by themselves.
 REFUSALS: Final = frozenset({"CLUSTER_MISMATCH", "MEMBER_MISMATCH", "VERSION_MISMATCH"})
 
-#: As many as a cluster may have members.
-_STRANGERS_MAX: Final = 9
+#: Twice as many as a cluster may have members.
+_DIALLING_MAX: Final = 18
 #: More than the core keeps in flight to one follower, so that only a dead stream overflows.
 _QUEUE_LENGTH_MAX: Final = 1024
 #: More than the largest entry, which is an agent's registration with all that it has, beside what
@@ -196,40 +196,49 @@ class Transport:
         self._links: dict[MemberId, tuple[PeerLink, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._members: dict[MemberId, Member] = {}
-        #: Who has dialled and is not in the configuration that is known here: it is older than
-        #: theirs, and it is they who can make it newer. They must be answered.
-        self._strangers: dict[MemberId, Member] = {}
+        #: Who has a stream to this member. The configuration known here may not name them: it is
+        #: older than theirs, and it is they who can make it newer. They must be answered.
+        self._dialling: dict[MemberId, Member] = {}
+        #: How many streams each of them has; one that reconnects has two for a moment.
+        self._streams: Counter[MemberId] = Counter()
         #: Monotonic time at which each peer was last heard.
         self.last_contact: dict[MemberId, float] = {}
 
     async def run(self, configuration: Configuration) -> None:
         """Keep the streams, until cancelled."""
-        async with asyncio.TaskGroup() as self._tasks:
-            self.update(configuration)
-            await asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self.update(configuration)
+                await asyncio.get_running_loop().create_future()
+        finally:
+            self._tasks = None
 
     def update(self, configuration: Configuration) -> None:
         """Open streams to new members and close those to members that are gone."""
-        if self._tasks is None:
-            return
         self._members = {m.id: m for m in configuration.members if m.id != self._me.id}
-        self._strangers.clear()
         self._connect()
 
     def meet(self, member: Member) -> None:
-        """Answer a member of the cluster that is not in the configuration known here."""
-        known = member.id == self._me.id or member.id in self._members
-        if self._tasks is None or known or self._strangers.get(member.id) == member:
+        """Answer whoever has dialled, until `part`, though the configuration may not name it."""
+        if member.id not in self._dialling and len(self._dialling) >= _DIALLING_MAX:
             return
-        while len(self._strangers) >= _STRANGERS_MAX:
-            self._strangers.pop(next(iter(self._strangers)))
-        self._strangers[member.id] = member
+        self._dialling[member.id] = member
+        self._streams[member.id] += 1
         self._connect()
+
+    def part(self, member_id: MemberId) -> None:
+        """Take note that a stream that was met has ended; there may be a newer one."""
+        self._streams[member_id] -= 1
+        if self._streams[member_id] <= 0:
+            del self._streams[member_id]
+            self._dialling.pop(member_id, None)
+            self._connect()
 
     def _connect(self) -> None:
         if self._tasks is None:
             return
-        wanted = self._strangers | self._members
+        wanted = self._dialling | self._members
+        wanted.pop(self._me.id, None)
         for member_id, (link, task) in list(self._links.items()):
             member = wanted.get(member_id)
             if member is None or member.raft_address != link.address:

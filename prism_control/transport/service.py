@@ -26,6 +26,7 @@ class RaftPort:
     me: MemberId
     receive: Callable[[Sequence[Message]], None]
     meet: Callable[[Member], None]
+    part: Callable[[MemberId], None]
     join: Callable[[Member], Awaitable[None]]
     heard: Callable[[MemberId], None]
     snapshots: SnapshotStore
@@ -62,11 +63,15 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
         if first is None:
             return
         port, sender = self._admit(first.hello)
-        yield raft_pb2.ExchangeResponse(member_id=port.me)
-        async for request in request_iterator:
-            port.heard(sender)
-            decoded = (wire.decode_message(m, sender, port.me) for m in request.messages)
-            port.receive([message for message in decoded if message is not None])
+        port.meet(wire.decode_member(first.hello.member))
+        try:
+            yield raft_pb2.ExchangeResponse(member_id=port.me)
+            async for request in request_iterator:
+                port.heard(sender)
+                decoded = (wire.decode_message(m, sender, port.me) for m in request.messages)
+                port.receive([message for message in decoded if message is not None])
+        finally:
+            port.part(sender)
 
     async def InstallSnapshot(
         self,
@@ -128,6 +133,8 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
                 f"{port.cluster_id}: is --data-dir that of another cluster?",
                 reason="CLUSTER_MISMATCH",
             )
+        if hello.member.id != hello.sender or not hello.member.raft_address:
+            raise InvalidArgumentError("hello.member: needs the sender's id and address")
         if hello.receiver != port.me:
             raise WrongStateError(
                 f"member {hello.receiver:016x} was wanted; this is {port.me:016x}: was its data "
@@ -137,5 +144,4 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
         # Not whether the sender is in the configuration: the one known here may be older than the
         # sender's, and only the sender can then make it newer. Pre-vote and lease keep a removed
         # member from disturbing.
-        port.meet(wire.decode_member(hello.member))
         return port, hello.sender

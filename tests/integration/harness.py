@@ -108,6 +108,7 @@ class ControlNode:
 
     def stop(self, timeout_s: float = 10.0) -> int:
         """SIGTERM; return the exit status."""
+        self._close_channel()  # an idle connection would be given time to end
         self.signal(signal.SIGTERM)
         return self.wait(timeout_s)
 

@@ -6,6 +6,7 @@ any message may be lost, and any member may crash between two steps, keeping wha
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from random import Random
 
@@ -145,7 +146,9 @@ class Formation:
             starter.started = proposal
 
     def _check(self) -> None:
-        working: set[str] = set()
+        # Two sets of members that never meet may well form two clusters; if they share a member,
+        # then at most one of them may work.
+        working: dict[str, set[MemberId]] = {}
         for starter in self._members.values():
             if starter.started is None:
                 continue
@@ -156,6 +159,7 @@ class Formation:
                 if (other := self._members[id_].started) and other[0] == cluster_id
             ]
             if 2 * len(started) > len(configuration.voters):
-                working.add(cluster_id)
-        if len(working) > 1:
-            raise ViolationError(f"two clusters have a majority each: {sorted(working)}")
+                working[cluster_id] = set(configuration.voters)
+        for one, two in itertools.combinations(working, 2):
+            if working[one] & working[two]:
+                raise ViolationError(f"two clusters have a majority each: {one} and {two}")

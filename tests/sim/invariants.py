@@ -54,6 +54,8 @@ class Invariants:
         self._entry_at: dict[tuple[int, int], tuple[int, EntryKind, bytes]] = {}
         #: Committed entries by index, without gaps from 1.
         self.committed: list[Entry] = []
+        #: The term in which each of them was committed.
+        self._committed_in: list[int] = []
         #: Commit index of each running member as last seen.
         self._commit_seen: dict[int, int] = {}
         #: Digest of the state by applied index.
@@ -180,8 +182,12 @@ class Invariants:
         self._leader_of_term[term] = member
         self.elections += 1
         self._check_vote(member, term, member)
-        for entry in self.committed[core.log.base_index :]:
-            self._check_complete(core, entry)
+        # A leader of an earlier term may be elected late, by votes that were long under way; it
+        # cannot commit anything.
+        first = core.log.base_index
+        for entry, in_term in zip(self.committed[first:], self._committed_in[first:], strict=True):
+            if in_term < term:
+                self._check_complete(core, entry)
 
     def _check_complete(self, core: Core, entry: Entry) -> None:
         if entry.index > core.log.base_index and core.log.term_at(entry.index) != entry.term:
@@ -231,6 +237,7 @@ class Invariants:
         if entry.index != len(self.committed) + 1:
             raise ViolationError(f"entry {entry.index} committed after {len(self.committed)}")
         self.committed.append(entry)
+        self._committed_in.append(by.term)
         # The leader is the first to know, by the configuration that it has in force.
         self._deciding = by.configuration
         self._check_durable(entry, by.configuration)

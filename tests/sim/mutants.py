@@ -380,6 +380,7 @@ MUTANTS = (
         Replication,
         "heartbeat_replied",
         _late_answer_confirms_newer_reads,
+        replace(Options.storm(3, "isolate_leader", "short_reigns"), clients=5, pause_us=5_000),
     ),
     Mutant(
         "read without confirmation",
@@ -387,6 +388,7 @@ MUTANTS = (
         Replication,
         "quorum_read_round",
         _read_without_confirmation,
+        replace(Options.storm(3, "isolate_leader", "short_reigns"), clients=5, pause_us=5_000),
     ),
     Mutant(
         "read before a commit in its own term",
@@ -394,6 +396,7 @@ MUTANTS = (
         Core,
         "_send_as_leader",
         _read_before_commit_in_own_term,
+        replace(Options.storm(3, "isolate_leader", "short_reigns"), clients=5, pause_us=5_000),
     ),
     Mutant(
         "heartbeat commits past match",
@@ -490,13 +493,15 @@ MUTANTS = (
     Mutant("joint configuration is never left", 20, Core, "_finish_change", _joint_is_never_left),
     Mutant(
         "removed member never campaigns",
-        200,
+        400,
         Core,
         "_may_campaign",
         _removed_member_never_campaigns,
-        Options.changes(2, "strike_changes"),
+        replace(Options.changes(2, "strike_changes"), promotes_learners=False),
     ),
-    Mutant("removed leader stays", 50, Core, "_hand_over", _removed_leader_stays),
+    Mutant(
+        "removed leader stays", 20, Core, "_hand_over", _removed_leader_stays, Options.changes(3)
+    ),
     Mutant(
         "snapshot moves backwards",
         300,

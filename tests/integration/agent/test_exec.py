@@ -219,8 +219,8 @@ async def test_logs_hold_what_execs_wrote(agent: AgentProcess, sandbox: str) -> 
         ({"argv": ["x" * 200_000]}, grpc.StatusCode.INVALID_ARGUMENT),
         ({"argv": ["true"], "user": "root"}, grpc.StatusCode.UNIMPLEMENTED),
         (
-            {"argv": ["true"], "terminal": sandbox_pb2.WindowSize(rows=1, columns=1)},
-            grpc.StatusCode.UNIMPLEMENTED,
+            {"argv": ["true"], "terminal": sandbox_pb2.WindowSize(rows=0, columns=80)},
+            grpc.StatusCode.INVALID_ARGUMENT,
         ),
     ],
 )

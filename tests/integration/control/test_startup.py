@@ -119,7 +119,8 @@ def test_sigterm_exits_0_soon_though_streams_are_open(tmp_path: Path) -> None:
             timeout=60,
         )
         wait_for("it is committed", lambda: [s for s in node.list_all() if s.name == "waits"])
-        assert node.stop(5.0) == 0
+        node.signal(signal.SIGTERM)
+        assert node.wait(5.0) == 0
         assert waiting.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
         with pytest.raises(grpc.RpcError):
             list(watch)

@@ -98,6 +98,7 @@ def test_a_leader_that_is_elected_again_has_not_handed_over() -> None:
     )
     leader.transfer(2)
     group.pump()
+    leader._become_follower(leader.term, 0)
     leader._campaign(Role.CANDIDATE, transfer=True)
     group.pump()
     assert role_of(leader) is Role.LEADER

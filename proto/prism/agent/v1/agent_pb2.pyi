@@ -37,6 +37,8 @@ class _DesiredStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DesiredS
     """No process of it runs; its files are kept."""
     DESIRED_STATE_DELETED: _DesiredState.ValueType  # 3
     """Nothing of it is left."""
+    DESIRED_STATE_PAUSED: _DesiredState.ValueType  # 4
+    """Its processes are frozen, with their memory and files kept."""
 
 class DesiredState(_DesiredState, metaclass=_DesiredStateEnumTypeWrapper):
     """What the leader wants of one sandbox."""
@@ -49,6 +51,8 @@ DESIRED_STATE_STOPPED: DesiredState.ValueType  # 2
 """No process of it runs; its files are kept."""
 DESIRED_STATE_DELETED: DesiredState.ValueType  # 3
 """Nothing of it is left."""
+DESIRED_STATE_PAUSED: DesiredState.ValueType  # 4
+"""Its processes are frozen, with their memory and files kept."""
 Global___DesiredState: _TypeAlias = DesiredState  # noqa: Y015
 
 class _ObservedState:
@@ -71,6 +75,8 @@ class _ObservedStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Observe
     """It ended by itself, or could not be made."""
     OBSERVED_STATE_DELETED: _ObservedState.ValueType  # 6
     """Nothing of it is left."""
+    OBSERVED_STATE_PAUSED: _ObservedState.ValueType  # 7
+    """Its processes are frozen."""
 
 class ObservedState(_ObservedState, metaclass=_ObservedStateEnumTypeWrapper):
     """What the agent sees of one sandbox."""
@@ -89,6 +95,8 @@ OBSERVED_STATE_FAILED: ObservedState.ValueType  # 5
 """It ended by itself, or could not be made."""
 OBSERVED_STATE_DELETED: ObservedState.ValueType  # 6
 """Nothing of it is left."""
+OBSERVED_STATE_PAUSED: ObservedState.ValueType  # 7
+"""Its processes are frozen."""
 Global___ObservedState: _TypeAlias = ObservedState  # noqa: Y015
 
 @_typing.final
@@ -441,7 +449,9 @@ class AssignmentBatch(_message.Message):
     term: _builtins.int
     """The leader's term; an agent obeys no lower one than it has seen."""
     complete: _builtins.bool
-    """First batch of a session: these are all, and what the agent has beyond them is to be deleted."""
+    """Ends the first batches of a session: these, with those before it in the session, are all, and
+    what the agent has beyond them is to be deleted. True once in a session.
+    """
     @_builtins.property
     def assignments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
         """The assignments."""

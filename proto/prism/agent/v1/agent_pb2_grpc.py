@@ -234,49 +234,49 @@ class AgentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReadFile(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.ReadFile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteFile(self, request_iterator, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.WriteFile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFiles(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.ListFiles.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StatFile(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.StatFile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MakeDirectory(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.MakeDirectory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MoveFile(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.MoveFile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemoveFile(self, request, context):
-        """Not served yet: UNIMPLEMENTED.
+        """See SandboxService.RemoveFile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -94,19 +94,19 @@ class AgentServiceStub:
     StreamLogs: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]
     """See SandboxService.StreamLogs."""
     ReadFile: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.ReadFile."""
     WriteFile: _grpc.StreamUnaryMultiCallable[_sandbox_pb2.WriteFileRequest, _sandbox_pb2.FileInfo]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.WriteFile."""
     ListFiles: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ListFilesRequest, _sandbox_pb2.ListFilesResponse]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.ListFiles."""
     StatFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StatFileRequest, _sandbox_pb2.FileInfo]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.StatFile."""
     MakeDirectory: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MakeDirectoryRequest, _sandbox_pb2.FileInfo]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.MakeDirectory."""
     MoveFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MoveFileRequest, _sandbox_pb2.FileInfo]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.MoveFile."""
     RemoveFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.RemoveFile."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -126,19 +126,19 @@ class AgentServiceAsyncStub(AgentServiceStub):
     StreamLogs: _aio.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]  # type: ignore[assignment]
     """See SandboxService.StreamLogs."""
     ReadFile: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.ReadFile."""
     WriteFile: _aio.StreamUnaryMultiCallable[_sandbox_pb2.WriteFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.WriteFile."""
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListFilesRequest, _sandbox_pb2.ListFilesResponse]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.ListFiles."""
     StatFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StatFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.StatFile."""
     MakeDirectory: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MakeDirectoryRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.MakeDirectory."""
     MoveFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MoveFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.MoveFile."""
     RemoveFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Not served yet: UNIMPLEMENTED."""
+    """See SandboxService.RemoveFile."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """On each agent: the data path. The sandbox is named by its id here."""
@@ -197,7 +197,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ReadFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ReadFileResponse], _abc.AsyncIterator[_sandbox_pb2.ReadFileResponse]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.ReadFile."""
 
     @_abc_1.abstractmethod
     def WriteFile(
@@ -205,7 +205,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_sandbox_pb2.WriteFileRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.WriteFile."""
 
     @_abc_1.abstractmethod
     def ListFiles(
@@ -213,7 +213,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ListFilesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.ListFilesResponse, _abc.Awaitable[_sandbox_pb2.ListFilesResponse]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.ListFiles."""
 
     @_abc_1.abstractmethod
     def StatFile(
@@ -221,7 +221,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.StatFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.StatFile."""
 
     @_abc_1.abstractmethod
     def MakeDirectory(
@@ -229,7 +229,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.MakeDirectoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.MakeDirectory."""
 
     @_abc_1.abstractmethod
     def MoveFile(
@@ -237,7 +237,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.MoveFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.MoveFile."""
 
     @_abc_1.abstractmethod
     def RemoveFile(
@@ -245,6 +245,6 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.RemoveFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Not served yet: UNIMPLEMENTED."""
+        """See SandboxService.RemoveFile."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,7 @@ GetHealth answer for that node, with no argument needed; the rest is UNIMPLEMENT
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -188,6 +189,7 @@ class Node(_message.Message):
     LAST_SEEN_TIME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    DRAIN_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the agent at its first start and kept in its data directory."""
     name: _builtins.str
@@ -228,6 +230,10 @@ class Node(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it registered first."""
 
+    @_builtins.property
+    def drain_time(self) -> _timestamp_pb2.Timestamp:
+        """While it drains: when the sandboxes that are left there are ended."""
+
     def __init__(
         self,
         *,
@@ -245,10 +251,11 @@ class Node(_message.Message):
         last_seen_time: _timestamp_pb2.Timestamp | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         incarnation: _builtins.str = ...,
+        drain_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "capacity", b"capacity", "create_time", b"create_time", "last_seen_time", b"last_seen_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "capacity", b"capacity", "create_time", b"create_time", "drain_time", b"drain_time", "last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocated", b"allocated", "capacity", b"capacity", "cordoned", b"cordoned", "create_time", b"create_time", "id", b"id", "incarnation", b"incarnation", "labels", b"labels", "last_seen_time", b"last_seen_time", "name", b"name", "runtimes", b"runtimes", "sandboxes", b"sandboxes", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocated", b"allocated", "capacity", b"capacity", "cordoned", b"cordoned", "create_time", b"create_time", "drain_time", b"drain_time", "id", b"id", "incarnation", b"incarnation", "labels", b"labels", "last_seen_time", b"last_seen_time", "name", b"name", "runtimes", b"runtimes", "sandboxes", b"sandboxes", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,18 +361,22 @@ class WatchNodesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    removed: _builtins.bool
+    """The control plane has forgotten it: it was LOST for long, or another has its name."""
     @_builtins.property
     def node(self) -> Global___Node:
-        """The node as it now is."""
+        """The node as it now is, or, if it was removed, as it was last."""
 
     def __init__(
         self,
         *,
         node: Global___Node | None = ...,
+        removed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "removed", b"removed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -595,21 +606,30 @@ Global___UncordonNodeRequest: _TypeAlias = UncordonNodeRequest  # noqa: Y015
 
 @_typing.final
 class DrainNodeRequest(_message.Message):
-    """Asks to drain."""
+    """Asks to drain. Sandboxes whose on_node_loss is RESCHEDULE are placed elsewhere at once, empty, as
+    a new generation; all others may run on until the deadline, and are then deleted with reason
+    NODE_DRAINED.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Id or exact name."""
+    @_builtins.property
+    def deadline(self) -> _duration_pb2.Duration:
+        """From now; default 0, which is at once; at most 7 days."""
+
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
+        deadline: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -96,7 +96,7 @@ class NodeServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchNodes(self, request, context):
-        """Streams changes of nodes. Not served yet: UNIMPLEMENTED.
+        """Streams all nodes as they are, and then every change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,21 +117,21 @@ class NodeServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CordonNode(self, request, context):
-        """Takes no new sandboxes. Not served yet: UNIMPLEMENTED.
+        """Takes no new sandboxes. What runs there stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UncordonNode(self, request, context):
-        """Takes new sandboxes again. Not served yet: UNIMPLEMENTED.
+        """Takes new sandboxes again, and ends a drain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrainNode(self, request, context):
-        """Cordons, and moves or ends what runs. Not served yet: UNIMPLEMENTED.
+        """Cordons, and moves or ends what runs. Returns at once: the node is empty when `sandboxes` is 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,17 +42,17 @@ class NodeServiceStub:
     GetNode: _grpc.UnaryUnaryMultiCallable[_node_pb2.GetNodeRequest, _node_pb2.Node]
     """Returns one node by id, name or unique prefix."""
     WatchNodes: _grpc.UnaryStreamMultiCallable[_node_pb2.WatchNodesRequest, _node_pb2.WatchNodesResponse]
-    """Streams changes of nodes. Not served yet: UNIMPLEMENTED."""
+    """Streams all nodes as they are, and then every change."""
     GetResources: _grpc.UnaryUnaryMultiCallable[_node_pb2.GetResourcesRequest, _node_pb2.GetResourcesResponse]
     """Measures a node now: what it has, what is used, what is promised."""
     GetHealth: _grpc.UnaryUnaryMultiCallable[_node_pb2.GetHealthRequest, _node_pb2.GetHealthResponse]
     """Runs a node's health checks now."""
     CordonNode: _grpc.UnaryUnaryMultiCallable[_node_pb2.CordonNodeRequest, _node_pb2.Node]
-    """Takes no new sandboxes. Not served yet: UNIMPLEMENTED."""
+    """Takes no new sandboxes. What runs there stays."""
     UncordonNode: _grpc.UnaryUnaryMultiCallable[_node_pb2.UncordonNodeRequest, _node_pb2.Node]
-    """Takes new sandboxes again. Not served yet: UNIMPLEMENTED."""
+    """Takes new sandboxes again, and ends a drain."""
     DrainNode: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainNodeRequest, _node_pb2.Node]
-    """Cordons, and moves or ends what runs. Not served yet: UNIMPLEMENTED."""
+    """Cordons, and moves or ends what runs. Returns at once: the node is empty when `sandboxes` is 0."""
 
 @_typing.type_check_only
 class NodeServiceAsyncStub(NodeServiceStub):
@@ -64,17 +64,17 @@ class NodeServiceAsyncStub(NodeServiceStub):
     GetNode: _aio.UnaryUnaryMultiCallable[_node_pb2.GetNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
     """Returns one node by id, name or unique prefix."""
     WatchNodes: _aio.UnaryStreamMultiCallable[_node_pb2.WatchNodesRequest, _node_pb2.WatchNodesResponse]  # type: ignore[assignment]
-    """Streams changes of nodes. Not served yet: UNIMPLEMENTED."""
+    """Streams all nodes as they are, and then every change."""
     GetResources: _aio.UnaryUnaryMultiCallable[_node_pb2.GetResourcesRequest, _node_pb2.GetResourcesResponse]  # type: ignore[assignment]
     """Measures a node now: what it has, what is used, what is promised."""
     GetHealth: _aio.UnaryUnaryMultiCallable[_node_pb2.GetHealthRequest, _node_pb2.GetHealthResponse]  # type: ignore[assignment]
     """Runs a node's health checks now."""
     CordonNode: _aio.UnaryUnaryMultiCallable[_node_pb2.CordonNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
-    """Takes no new sandboxes. Not served yet: UNIMPLEMENTED."""
+    """Takes no new sandboxes. What runs there stays."""
     UncordonNode: _aio.UnaryUnaryMultiCallable[_node_pb2.UncordonNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
-    """Takes new sandboxes again. Not served yet: UNIMPLEMENTED."""
+    """Takes new sandboxes again, and ends a drain."""
     DrainNode: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainNodeRequest, _node_pb2.Node]  # type: ignore[assignment]
-    """Cordons, and moves or ends what runs. Not served yet: UNIMPLEMENTED."""
+    """Cordons, and moves or ends what runs. Returns at once: the node is empty when `sandboxes` is 0."""
 
 class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads and steers nodes."""
@@ -101,7 +101,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.WatchNodesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_pb2.WatchNodesResponse], _abc.AsyncIterator[_node_pb2.WatchNodesResponse]]:
-        """Streams changes of nodes. Not served yet: UNIMPLEMENTED."""
+        """Streams all nodes as they are, and then every change."""
 
     @_abc_1.abstractmethod
     def GetResources(
@@ -125,7 +125,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.CordonNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
-        """Takes no new sandboxes. Not served yet: UNIMPLEMENTED."""
+        """Takes no new sandboxes. What runs there stays."""
 
     @_abc_1.abstractmethod
     def UncordonNode(
@@ -133,7 +133,7 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.UncordonNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
-        """Takes new sandboxes again. Not served yet: UNIMPLEMENTED."""
+        """Takes new sandboxes again, and ends a drain."""
 
     @_abc_1.abstractmethod
     def DrainNode(
@@ -141,6 +141,6 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _node_pb2.DrainNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.Node, _abc.Awaitable[_node_pb2.Node]]:
-        """Cordons, and moves or ends what runs. Not served yet: UNIMPLEMENTED."""
+        """Cordons, and moves or ends what runs. Returns at once: the node is empty when `sandboxes` is 0."""
 
 def add_NodeServiceServicer_to_server(servicer: NodeServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

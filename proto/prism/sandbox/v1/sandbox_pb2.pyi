@@ -268,7 +268,7 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class SandboxSpec(_message.Message):
-    """What the user asked for. Fixed after creation."""
+    """What the user asked for. Only labels can change after creation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -581,7 +581,7 @@ class BatchCreateSandboxesRequest(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateSandboxRequest]:
-        """At most 1,000 creates, each with its own request_id."""
+        """At most 1,000 creates, each with its own request_id, and 3 MiB together."""
 
     def __init__(
         self,
@@ -1194,7 +1194,9 @@ class ExecStart(_message.Message):
 
     @_builtins.property
     def terminal(self) -> Global___WindowSize:
-        """Give it a terminal of this size. Not served yet: UNIMPLEMENTED."""
+        """Give it a terminal of this size: all output is STDOUT, `stdin_eof` is a Ctrl-D, and what it
+        leaves behind is hung up. TERM is xterm-256color unless `env` says otherwise.
+        """
 
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
@@ -1791,7 +1793,7 @@ class WriteFileRequest(_message.Message):
     path: _builtins.str
     """Absolute path."""
     mode: _builtins.int
-    """Permission bits; default 0644."""
+    """Permission bits, at most 0777; default 0644."""
     data: _builtins.bytes
     """At most 1 MiB."""
     def __init__(

@@ -175,7 +175,7 @@ class SandboxServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchCreateSandboxes(self, request, context):
-        """Creates many; each item has its own result. Not served yet: UNIMPLEMENTED.
+        """Creates many; each item has its own result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,7 +203,7 @@ class SandboxServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSandbox(self, request, context):
-        """Changes labels or the deadline. Not served yet: UNIMPLEMENTED.
+        """Changes labels or the deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,14 +224,14 @@ class SandboxServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PauseSandbox(self, request, context):
-        """Freezes a READY sandbox. Not served yet: UNIMPLEMENTED.
+        """Freezes a READY sandbox. Returns once that is committed; it is PAUSED once its node says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeSandbox(self, request, context):
-        """Thaws a PAUSED sandbox. Not served yet: UNIMPLEMENTED.
+        """Thaws a PAUSED sandbox.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,7 +245,7 @@ class SandboxServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def BatchDeleteSandboxes(self, request, context):
-        """Deletes many; each item has its own result. Not served yet: UNIMPLEMENTED.
+        """Deletes many; each item has its own result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -294,49 +294,52 @@ class SandboxServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReadFile(self, request, context):
-        """Reads a file. Not served yet: UNIMPLEMENTED.
+        """Streams a regular file, as long as it was when the call began. Like every file call it is for a
+        sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
+        path inside the sandbox.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteFile(self, request_iterator, context):
-        """Writes a file, replacing it atomically. Not served yet: UNIMPLEMENTED.
+        """Writes a file. It takes its place, and that of a file or link there, once the client has ended
+        its stream; a stream that is broken off changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFiles(self, request, context):
-        """Lists a directory. Not served yet: UNIMPLEMENTED.
+        """Lists a directory of at most 10,000 entries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StatFile(self, request, context):
-        """Describes a path. Not served yet: UNIMPLEMENTED.
+        """Describes a path; a link is not followed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MakeDirectory(self, request, context):
-        """Makes a directory. Not served yet: UNIMPLEMENTED.
+        """Makes a directory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MoveFile(self, request, context):
-        """Renames a path. Not served yet: UNIMPLEMENTED.
+        """Renames a path; a file at the target is replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RemoveFile(self, request, context):
-        """Removes a path. Not served yet: UNIMPLEMENTED.
+        """Removes a path; without `recursive` a directory must be empty.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,7 @@ class SandboxServiceStub:
     CreateSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSandboxRequest, _sandbox_pb2.Sandbox]
     """Creates one sandbox. The reply means that the decision is committed by a quorum."""
     BatchCreateSandboxes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.BatchCreateSandboxesRequest, _sandbox_pb2.BatchCreateSandboxesResponse]
-    """Creates many; each item has its own result. Not served yet: UNIMPLEMENTED."""
+    """Creates many; each item has its own result."""
     GetSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.GetSandboxRequest, _sandbox_pb2.Sandbox]
     """Returns one sandbox by id, name, or unique prefix of either."""
     ListSandboxes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ListSandboxesRequest, _sandbox_pb2.ListSandboxesResponse]
@@ -50,19 +50,19 @@ class SandboxServiceStub:
     WatchSandboxes: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.WatchSandboxesRequest, _sandbox_pb2.WatchSandboxesResponse]
     """Streams every change after a revision. OUT_OF_RANGE when that revision is compacted."""
     UpdateSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.UpdateSandboxRequest, _sandbox_pb2.Sandbox]
-    """Changes labels or the deadline. Not served yet: UNIMPLEMENTED."""
+    """Changes labels or the deadline."""
     StopSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StopSandboxRequest, _sandbox_pb2.Sandbox]
     """Ends all processes of a READY sandbox and keeps its files."""
     StartSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StartSandboxRequest, _sandbox_pb2.Sandbox]
     """Starts a STOPPED sandbox again, on the node that holds its files."""
     PauseSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.PauseSandboxRequest, _sandbox_pb2.Sandbox]
-    """Freezes a READY sandbox. Not served yet: UNIMPLEMENTED."""
+    """Freezes a READY sandbox. Returns once that is committed; it is PAUSED once its node says so."""
     ResumeSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ResumeSandboxRequest, _sandbox_pb2.Sandbox]
-    """Thaws a PAUSED sandbox. Not served yet: UNIMPLEMENTED."""
+    """Thaws a PAUSED sandbox."""
     DeleteSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.DeleteSandboxRequest, _sandbox_pb2.Sandbox]
     """Removes a sandbox from any state. Its node removes processes and files; then it is DELETED."""
     BatchDeleteSandboxes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.BatchDeleteSandboxesRequest, _sandbox_pb2.BatchDeleteSandboxesResponse]
-    """Deletes many; each item has its own result. Not served yet: UNIMPLEMENTED."""
+    """Deletes many; each item has its own result."""
     Exec: _grpc.StreamStreamMultiCallable[_sandbox_pb2.ExecRequest, _sandbox_pb2.ExecResponse]
     """Runs a command in a READY sandbox. The first request is `start`; the last response is `exit`."""
     AttachExec: _grpc.StreamStreamMultiCallable[_sandbox_pb2.AttachExecRequest, _sandbox_pb2.ExecResponse]
@@ -76,19 +76,24 @@ class SandboxServiceStub:
     StreamLogs: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]
     """Streams what a sandbox's execs have written, and with `follow` what they go on to write."""
     ReadFile: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]
-    """Reads a file. Not served yet: UNIMPLEMENTED."""
+    """Streams a regular file, as long as it was when the call began. Like every file call it is for a
+    sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
+    path inside the sandbox.
+    """
     WriteFile: _grpc.StreamUnaryMultiCallable[_sandbox_pb2.WriteFileRequest, _sandbox_pb2.FileInfo]
-    """Writes a file, replacing it atomically. Not served yet: UNIMPLEMENTED."""
+    """Writes a file. It takes its place, and that of a file or link there, once the client has ended
+    its stream; a stream that is broken off changes nothing.
+    """
     ListFiles: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ListFilesRequest, _sandbox_pb2.ListFilesResponse]
-    """Lists a directory. Not served yet: UNIMPLEMENTED."""
+    """Lists a directory of at most 10,000 entries."""
     StatFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StatFileRequest, _sandbox_pb2.FileInfo]
-    """Describes a path. Not served yet: UNIMPLEMENTED."""
+    """Describes a path; a link is not followed."""
     MakeDirectory: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MakeDirectoryRequest, _sandbox_pb2.FileInfo]
-    """Makes a directory. Not served yet: UNIMPLEMENTED."""
+    """Makes a directory."""
     MoveFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MoveFileRequest, _sandbox_pb2.FileInfo]
-    """Renames a path. Not served yet: UNIMPLEMENTED."""
+    """Renames a path; a file at the target is replaced."""
     RemoveFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]
-    """Removes a path. Not served yet: UNIMPLEMENTED."""
+    """Removes a path; without `recursive` a directory must be empty."""
 
 @_typing.type_check_only
 class SandboxServiceAsyncStub(SandboxServiceStub):
@@ -98,7 +103,7 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     CreateSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
     """Creates one sandbox. The reply means that the decision is committed by a quorum."""
     BatchCreateSandboxes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.BatchCreateSandboxesRequest, _sandbox_pb2.BatchCreateSandboxesResponse]  # type: ignore[assignment]
-    """Creates many; each item has its own result. Not served yet: UNIMPLEMENTED."""
+    """Creates many; each item has its own result."""
     GetSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.GetSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
     """Returns one sandbox by id, name, or unique prefix of either."""
     ListSandboxes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListSandboxesRequest, _sandbox_pb2.ListSandboxesResponse]  # type: ignore[assignment]
@@ -106,19 +111,19 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     WatchSandboxes: _aio.UnaryStreamMultiCallable[_sandbox_pb2.WatchSandboxesRequest, _sandbox_pb2.WatchSandboxesResponse]  # type: ignore[assignment]
     """Streams every change after a revision. OUT_OF_RANGE when that revision is compacted."""
     UpdateSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.UpdateSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
-    """Changes labels or the deadline. Not served yet: UNIMPLEMENTED."""
+    """Changes labels or the deadline."""
     StopSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StopSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
     """Ends all processes of a READY sandbox and keeps its files."""
     StartSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StartSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
     """Starts a STOPPED sandbox again, on the node that holds its files."""
     PauseSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.PauseSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
-    """Freezes a READY sandbox. Not served yet: UNIMPLEMENTED."""
+    """Freezes a READY sandbox. Returns once that is committed; it is PAUSED once its node says so."""
     ResumeSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ResumeSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
-    """Thaws a PAUSED sandbox. Not served yet: UNIMPLEMENTED."""
+    """Thaws a PAUSED sandbox."""
     DeleteSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.DeleteSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
     """Removes a sandbox from any state. Its node removes processes and files; then it is DELETED."""
     BatchDeleteSandboxes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.BatchDeleteSandboxesRequest, _sandbox_pb2.BatchDeleteSandboxesResponse]  # type: ignore[assignment]
-    """Deletes many; each item has its own result. Not served yet: UNIMPLEMENTED."""
+    """Deletes many; each item has its own result."""
     Exec: _aio.StreamStreamMultiCallable[_sandbox_pb2.ExecRequest, _sandbox_pb2.ExecResponse]  # type: ignore[assignment]
     """Runs a command in a READY sandbox. The first request is `start`; the last response is `exit`."""
     AttachExec: _aio.StreamStreamMultiCallable[_sandbox_pb2.AttachExecRequest, _sandbox_pb2.ExecResponse]  # type: ignore[assignment]
@@ -132,19 +137,24 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     StreamLogs: _aio.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]  # type: ignore[assignment]
     """Streams what a sandbox's execs have written, and with `follow` what they go on to write."""
     ReadFile: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]  # type: ignore[assignment]
-    """Reads a file. Not served yet: UNIMPLEMENTED."""
+    """Streams a regular file, as long as it was when the call began. Like every file call it is for a
+    sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
+    path inside the sandbox.
+    """
     WriteFile: _aio.StreamUnaryMultiCallable[_sandbox_pb2.WriteFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Writes a file, replacing it atomically. Not served yet: UNIMPLEMENTED."""
+    """Writes a file. It takes its place, and that of a file or link there, once the client has ended
+    its stream; a stream that is broken off changes nothing.
+    """
     ListFiles: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListFilesRequest, _sandbox_pb2.ListFilesResponse]  # type: ignore[assignment]
-    """Lists a directory. Not served yet: UNIMPLEMENTED."""
+    """Lists a directory of at most 10,000 entries."""
     StatFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StatFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Describes a path. Not served yet: UNIMPLEMENTED."""
+    """Describes a path; a link is not followed."""
     MakeDirectory: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MakeDirectoryRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Makes a directory. Not served yet: UNIMPLEMENTED."""
+    """Makes a directory."""
     MoveFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MoveFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
-    """Renames a path. Not served yet: UNIMPLEMENTED."""
+    """Renames a path; a file at the target is replaced."""
     RemoveFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Removes a path. Not served yet: UNIMPLEMENTED."""
+    """Removes a path; without `recursive` a directory must be empty."""
 
 class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     """The lifecycle of sandboxes, and the data path into them."""
@@ -163,7 +173,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.BatchCreateSandboxesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.BatchCreateSandboxesResponse, _abc.Awaitable[_sandbox_pb2.BatchCreateSandboxesResponse]]:
-        """Creates many; each item has its own result. Not served yet: UNIMPLEMENTED."""
+        """Creates many; each item has its own result."""
 
     @_abc_1.abstractmethod
     def GetSandbox(
@@ -195,7 +205,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.UpdateSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.Sandbox, _abc.Awaitable[_sandbox_pb2.Sandbox]]:
-        """Changes labels or the deadline. Not served yet: UNIMPLEMENTED."""
+        """Changes labels or the deadline."""
 
     @_abc_1.abstractmethod
     def StopSandbox(
@@ -219,7 +229,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.PauseSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.Sandbox, _abc.Awaitable[_sandbox_pb2.Sandbox]]:
-        """Freezes a READY sandbox. Not served yet: UNIMPLEMENTED."""
+        """Freezes a READY sandbox. Returns once that is committed; it is PAUSED once its node says so."""
 
     @_abc_1.abstractmethod
     def ResumeSandbox(
@@ -227,7 +237,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ResumeSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.Sandbox, _abc.Awaitable[_sandbox_pb2.Sandbox]]:
-        """Thaws a PAUSED sandbox. Not served yet: UNIMPLEMENTED."""
+        """Thaws a PAUSED sandbox."""
 
     @_abc_1.abstractmethod
     def DeleteSandbox(
@@ -243,7 +253,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.BatchDeleteSandboxesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.BatchDeleteSandboxesResponse, _abc.Awaitable[_sandbox_pb2.BatchDeleteSandboxesResponse]]:
-        """Deletes many; each item has its own result. Not served yet: UNIMPLEMENTED."""
+        """Deletes many; each item has its own result."""
 
     @_abc_1.abstractmethod
     def Exec(
@@ -299,7 +309,10 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ReadFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ReadFileResponse], _abc.AsyncIterator[_sandbox_pb2.ReadFileResponse]]:
-        """Reads a file. Not served yet: UNIMPLEMENTED."""
+        """Streams a regular file, as long as it was when the call began. Like every file call it is for a
+        sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
+        path inside the sandbox.
+        """
 
     @_abc_1.abstractmethod
     def WriteFile(
@@ -307,7 +320,9 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_sandbox_pb2.WriteFileRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Writes a file, replacing it atomically. Not served yet: UNIMPLEMENTED."""
+        """Writes a file. It takes its place, and that of a file or link there, once the client has ended
+        its stream; a stream that is broken off changes nothing.
+        """
 
     @_abc_1.abstractmethod
     def ListFiles(
@@ -315,7 +330,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ListFilesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.ListFilesResponse, _abc.Awaitable[_sandbox_pb2.ListFilesResponse]]:
-        """Lists a directory. Not served yet: UNIMPLEMENTED."""
+        """Lists a directory of at most 10,000 entries."""
 
     @_abc_1.abstractmethod
     def StatFile(
@@ -323,7 +338,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.StatFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Describes a path. Not served yet: UNIMPLEMENTED."""
+        """Describes a path; a link is not followed."""
 
     @_abc_1.abstractmethod
     def MakeDirectory(
@@ -331,7 +346,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.MakeDirectoryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Makes a directory. Not served yet: UNIMPLEMENTED."""
+        """Makes a directory."""
 
     @_abc_1.abstractmethod
     def MoveFile(
@@ -339,7 +354,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.MoveFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
-        """Renames a path. Not served yet: UNIMPLEMENTED."""
+        """Renames a path; a file at the target is replaced."""
 
     @_abc_1.abstractmethod
     def RemoveFile(
@@ -347,6 +362,6 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.RemoveFileRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Removes a path. Not served yet: UNIMPLEMENTED."""
+        """Removes a path; without `recursive` a directory must be empty."""
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,142 @@
+"""What the calls that change sandboxes share: requests to commands, results to rows, waiting."""
+
+import asyncio
+from typing import Final
+
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_common import limits, names
+from prism_common.errors import (
+    DeadlineError,
+    InvalidArgumentError,
+    NotFoundError,
+    WrongStateError,
+)
+from prism_control.api import validation
+from prism_control.api.context import ApiContext
+from prism_control.state import commands
+from prism_control.state.commands import Command
+from prism_control.state.model import SandboxRow, SandboxState, is_placed
+from prism_control.state.results import Ok, Refused, Result
+
+#: Answered before the call's own deadline, so that the caller gets a reason and not a bare timeout.
+DEADLINE_MARGIN_S: Final = 0.05
+_WAITS: Final = frozenset(sandbox_pb2.WaitUntil.values())
+#: States from which READY does not follow by itself.
+_NEVER_READY: Final = frozenset(
+    {
+        SandboxState.STOPPING,
+        SandboxState.STOPPED,
+        SandboxState.FAILED,
+        SandboxState.LOST,
+        SandboxState.DELETING,
+        SandboxState.DELETED,
+    }
+)
+
+
+def check_create(request: sandbox_pb2.CreateSandboxRequest) -> None:
+    """Raise InvalidArgumentError if a create cannot be proposed."""
+    if request.name:
+        names.validate_name(request.name, "name")
+    validation.spec_of(request.spec)
+    if request.wait_until not in _WAITS:
+        raise InvalidArgumentError(
+            f"wait_until: {request.wait_until} is not COMMITTED or READY", field="wait_until"
+        )
+
+
+def create_command(request: sandbox_pb2.CreateSandboxRequest) -> commands.CreateSandbox:
+    """Return what to propose for a create that was checked."""
+    return commands.CreateSandbox(
+        request_id=request.request_id,
+        fingerprint=validation.fingerprint(request, "wait_until"),
+        sandbox_id=names.generate_id("sb"),
+        name=request.name or names.generate_name(),
+        spec=validation.spec_of(request.spec),
+    )
+
+
+def delete_command(request: sandbox_pb2.DeleteSandboxRequest) -> commands.DeleteSandbox:
+    """Return what to propose for a delete."""
+    return commands.DeleteSandbox(
+        request_id=request.request_id,
+        fingerprint=validation.fingerprint(request, "wait"),
+        sandbox=request.sandbox,
+        force=request.force,
+        grace_ms=int(limits.GRACE_S_DEFAULT * 1000),
+    )
+
+
+def row_of(result: Result, command: Command) -> SandboxRow:
+    """Return the sandbox that a user's command was answered with.
+
+    Raises:
+        PrismError: The command was refused.
+    """
+    if isinstance(result, Refused):
+        raise result.error()
+    if not isinstance(result, Ok):
+        raise TypeError(f"{type(command).__name__} was answered by {type(result).__name__}")
+    return result.sandbox
+
+
+class Waits:
+    """Waiting for what becomes of a sandbox, until the loop's time `ends`."""
+
+    def __init__(self, api: ApiContext) -> None:
+        self._api = api
+
+    async def ready(self, sandbox_id: str, ends: float) -> SandboxRow:
+        """Return a sandbox once it is READY.
+
+        Raises:
+            NotFoundError, WrongStateError: It never will be by itself.
+            DeadlineError: There is no time left; the sandbox goes on as it was told.
+        """
+        while True:
+            row = self._api.machine().sandbox(sandbox_id)
+            if row is None or row.state in _NEVER_READY:
+                raise _not_ready(sandbox_id, row)
+            if row.state in (SandboxState.READY, SandboxState.PAUSED):
+                return row
+            await self._change(ends, row)
+
+    async def deleted(self, row: SandboxRow, ends: float) -> SandboxRow:
+        """Return a sandbox once no node has anything of it.
+
+        Raises:
+            DeadlineError: There is no time left; its removal goes on.
+        """
+        while True:
+            latest = self._api.machine().sandbox(row.id)
+            if latest is None or not is_placed(latest):
+                return latest or row
+            await self._change(ends, latest)
+
+    async def _change(self, ends: float, row: SandboxRow) -> None:
+        until = ends - DEADLINE_MARGIN_S
+        if asyncio.get_running_loop().time() < until:
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._api.sandbox_changed.wait(row.id)
+            except TimeoutError:
+                pass
+            else:
+                return
+        why = "; ".join(f"{r.node_name}: {r.reason}" for r in row.placement)
+        raise DeadlineError(
+            f"sandbox {row.name} is {row.state.name} at the call's deadline, and goes on"
+            + (f": {why}" if why else ""),
+            metadata={"sandbox": row.id},
+        )
+
+
+def _not_ready(sandbox_id: str, row: SandboxRow | None) -> WrongStateError | NotFoundError:
+    if row is None:
+        return NotFoundError(f"sandbox {sandbox_id} is gone", reason="SANDBOX_NOT_FOUND")
+    why = row.message or row.reason
+    return WrongStateError(
+        f"sandbox {row.name} is {row.state.name}" + (f": {why}" if why else ""),
+        metadata={"sandbox": row.id, "state": row.state.name, "cause": row.reason},
+    )

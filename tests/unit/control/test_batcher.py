@@ -1,0 +1,346 @@
+"""From requests to entries: when they share one, and that each caller gets its own answer."""
+
+import asyncio
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from prism_common.errors import (
+    DiskFullError,
+    NotLeaderError,
+    OutcomeUnknownError,
+    QueueFullError,
+    StoppingError,
+)
+from prism_control import batcher as batcher_module
+from prism_control.batcher import Batcher, BatchingSettings, EntryBatch
+from prism_control.metrics import BatcherMetrics
+from prism_control.state import commands
+from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox, StopSandbox
+from prism_control.state.machine import Machine
+from prism_control.state.model import Spec
+from prism_control.state.results import Ok, Refused, Result
+
+
+class Clock:
+    """Stands in for the monotonic clock of the batcher."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time_ns(self) -> int:
+        return int(self.now * 1e9)
+
+
+class Bench:
+    """A batcher, and what a driver would do with it."""
+
+    def __init__(self, settings: BatchingSettings) -> None:
+        self.registry = CollectorRegistry()
+        self.wakes = 0
+        self.room = True
+        self.machine = Machine()
+        self.batcher = Batcher(
+            settings, BatcherMetrics(self.registry), self._wake, lambda: self.room
+        )
+
+    def _wake(self) -> None:
+        self.wakes += 1
+
+    def submit(self, command: Command, size: int = 256) -> asyncio.Task[Result]:
+        return asyncio.get_running_loop().create_task(self.batcher.submit(command, size))
+
+    def commit(self, batches: Sequence[EntryBatch]) -> None:
+        for batch in batches:
+            results, _ = self.machine.apply(self.machine.applied_index + 1, batch.data)
+            batch.resolve(results)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(batcher_module, "time", made)
+    return made
+
+
+def spec() -> Spec:
+    return Spec("host", 100, 2**28, 2**28, 64, 1024)
+
+
+def create(name: str, request_id: str = "") -> CreateSandbox:
+    return CreateSandbox(request_id, b"f", f"sb-{name}", name, spec())
+
+
+def names(batches: Sequence[EntryBatch]) -> list[list[str]]:
+    return [
+        [getattr(item, "name", None) or item.sandbox for item in commands.decode(b.data).items]  # type: ignore[union-attr]
+        for b in batches
+    ]
+
+
+async def settle() -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+async def test_at_low_load_a_request_is_an_entry_at_once(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    for number in range(3):
+        task = bench.submit(create(f"s{number}"))
+        await settle()
+        assert bench.wakes == number + 1
+        batches = bench.batcher.take()
+        assert names(batches) == [[f"s{number}"]]
+        bench.commit(batches)
+        assert isinstance(await task, Ok)
+        clock.now += 1.0
+
+
+async def test_it_batches_under_load_and_passes_through_again(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=50, interval_ms=250))
+    assert bench.batcher.queues()["create"] == (0, 12_000, False)
+    tasks = [bench.submit(create(f"s{n}")) for n in range(100)]
+    await settle()
+    assert bench.batcher.queues()["create"] == (100, 12_000, True)
+    clock.now += 0.02
+    batches = bench.batcher.take()
+    assert [len(batch) for batch in names(batches)] == [100]
+    bench.commit(batches)
+    await asyncio.gather(*tasks)
+    assert bench.batcher.queues()["create"][2] is True
+    clock.now += 0.3
+    assert bench.batcher.queues()["create"][2] is False
+    bench.submit(create("later"))
+    await settle()
+    assert names(bench.batcher.take()) == [["later"]]
+    bench.batcher.close()
+
+
+async def test_more_than_the_threshold_waiting_is_load_even_if_slow(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=5, interval_ms=0))
+    tasks = []
+    for number in range(6):
+        tasks.append(bench.submit(create(f"s{number}")))
+        await settle()
+        clock.now += 1.0
+        assert bench.batcher.queues()["create"][2] is (number == 5)
+    assert [len(batch) for batch in names(bench.batcher.take())] == [6]
+    bench.batcher.close()
+    for task in tasks:
+        task.cancel()
+
+
+async def test_disabled_it_never_batches(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(enabled=False))
+    tasks = [bench.submit(create(f"s{n}")) for n in range(100)]
+    await settle()
+    taken = []
+    while batches := bench.batcher.take():
+        taken += names(batches)
+        bench.commit(batches)
+    assert taken == [[f"s{n}"] for n in range(100)]
+    await asyncio.gather(*tasks)
+
+
+async def test_a_batch_is_bounded_in_items_and_bytes(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    for number in range(2500):
+        bench.submit(create(f"s{number}"))
+    await settle()
+    assert [len(batch) for batch in names(bench.batcher.take())] == [1000, 1000, 500]
+    for number in range(30):
+        bench.submit(create(f"t{number}"), 100_000)
+    await settle()
+    clock.now += 0.02
+    sizes = [len(batch) for batch in names(bench.batcher.take())]
+    assert sum(sizes) == 30
+    assert max(sizes) <= 11
+    bench.batcher.close()
+
+
+async def test_each_caller_gets_the_answer_of_its_own_item(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    wanted = ["a", "b", "a", "c"]
+    tasks = [bench.submit(create(name, f"r{i}")) for i, name in enumerate(wanted)]
+    twice = bench.submit(create("c", "r3"))
+    await settle()
+    clock.now += 0.02
+    bench.commit(bench.batcher.take())
+    results = await asyncio.gather(*tasks)
+    assert [isinstance(result, Ok) for result in results] == [True, True, False, True]
+    assert isinstance(results[2], Refused)
+    assert await twice == results[3]
+
+
+async def test_a_delete_never_overtakes_a_create(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    # Creates are under load and linger; the delete that comes after them is alone.
+    tasks = [bench.submit(create(f"s{n}")) for n in range(60)]
+    await settle()
+    tasks.append(bench.submit(DeleteSandbox("", b"", "s59")))
+    await settle()
+    applied: list[str] = []
+    for _ in range(10):
+        for batch in names(batches := bench.batcher.take()):
+            applied += batch
+        bench.commit(batches)
+        clock.now += 0.003
+    results = await asyncio.gather(*tasks)
+    assert applied.count("s59") == 2
+    assert isinstance(results[-1], Ok)
+
+
+async def test_a_full_queue_says_when_to_come_again(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(create_queue_size=10, delete_queue_size=1))
+    tasks = [bench.submit(create(f"s{n}")) for n in range(10)]
+    await settle()
+    with pytest.raises(QueueFullError) as caught:
+        await bench.batcher.submit(create("eleventh"))
+    assert 0.05 <= (caught.value.retry_after_s or 0) <= 15
+    rejected = bench.registry.get_sample_value("prism_batcher_rejected_total", {"op": "create"})
+    assert rejected == 1
+    # The other queues have room of their own.
+    delete = bench.submit(DeleteSandbox("", b"", "s1"))
+    stop = bench.submit(StopSandbox("", b"", "s2"))
+    await settle()
+    clock.now += 0.02
+    bench.commit(bench.batcher.take())
+    await asyncio.gather(*tasks, delete, stop)
+
+
+async def test_the_retry_hint_follows_the_measured_rate(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(create_queue_size=1000))
+    hints = []
+    for gap_s in (0.5, 0.005):
+        for turn in range(30):
+            tasks = [bench.submit(create(f"s{gap_s}-{turn}-{n}")) for n in range(20)]
+            await settle()
+            clock.now += gap_s
+            bench.commit(bench.batcher.take())
+            await asyncio.gather(*tasks)
+        hints.append(bench.batcher._creates._retry_after_s())
+    slow, fast = hints
+    assert slow > 2 * fast
+
+
+async def test_callers_that_have_gone_get_no_sandbox(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    tasks = [bench.submit(create(f"s{n}")) for n in range(4)]
+    await settle()
+    tasks[1].cancel()
+    tasks[3].cancel()
+    await settle()
+    clock.now += 0.02
+    batches = bench.batcher.take()
+    assert names(batches) == [["s0", "s2"]]
+    bench.commit(batches)
+    await asyncio.gather(tasks[0], tasks[2])
+    assert bench.batcher.take() == []
+
+
+async def test_a_caller_that_goes_later_does_not_disturb_the_others(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    tasks = [bench.submit(create(f"s{n}")) for n in range(3)]
+    await settle()
+    clock.now += 0.02
+    batches = bench.batcher.take()
+    tasks[1].cancel()
+    await settle()
+    bench.commit(batches)
+    assert isinstance(await tasks[2], Ok)
+
+
+async def test_a_failed_entry_fails_all_its_callers(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    tasks = [bench.submit(create(f"s{n}")) for n in range(3)]
+    await settle()
+    clock.now += 0.02
+    (batch,) = bench.batcher.take()
+    batch.fail(OutcomeUnknownError("leadership was lost"))
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [OutcomeUnknownError] * 3
+
+
+@pytest.mark.parametrize("how", ["close", "fail_all"])
+async def test_nothing_hangs_when_it_ends(clock: Clock, how: str) -> None:
+    bench = Bench(BatchingSettings())
+    tasks = [bench.submit(create(f"s{n}")) for n in range(100)]
+    group = asyncio.get_running_loop().create_task(
+        bench.batcher.submit_all([(create("g1"), 1), (DeleteSandbox("", b"", "x"), 1)])
+    )
+    await settle()
+    if how == "close":
+        bench.batcher.close()
+        expected: type[Exception] = StoppingError
+    else:
+        bench.batcher.fail_all(NotLeaderError("not here"))
+        expected = NotLeaderError
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {expected}
+        assert {type(result) for result in await group} == {expected}
+    assert bench.batcher.take() == []
+    if how == "close":
+        with pytest.raises(StoppingError):
+            await bench.batcher.submit(create("late"))
+
+
+async def test_a_group_has_a_result_for_each_and_room_for_what_fits(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(create_queue_size=2))
+    group = asyncio.get_running_loop().create_task(
+        bench.batcher.submit_all([(create(name), 1) for name in ("a", "b", "c")])
+    )
+    await settle()
+    clock.now += 0.02
+    bench.commit(bench.batcher.take())
+    first, second, third = await group
+    assert isinstance(first, Ok)
+    assert isinstance(second, Ok)
+    assert isinstance(third, QueueFullError)
+
+
+async def test_without_room_on_the_disk_nothing_is_queued(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    bench.room = False
+    with pytest.raises(DiskFullError) as caught:
+        await bench.batcher.submit(create("a"))
+    assert caught.value.retry_after_s
+    assert bench.batcher.queues()["create"][0] == 0
+    bench.room = True
+    task = bench.submit(create("a"))
+    await settle()
+    bench.commit(bench.batcher.take())
+    assert isinstance(await task, Ok)
+
+
+async def test_the_clock_of_entries_never_goes_back(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(enabled=False))
+    times = []
+    for step in (1.0, -5.0, 0.5, 10.0):
+        clock.now += step
+        task = bench.submit(create(f"s{clock.now}"))
+        await settle()
+        batches = bench.batcher.take()
+        times += [commands.decode(batch.data).at_ms for batch in batches]
+        bench.commit(batches)
+        await task
+    assert all(earlier <= later for earlier, later in pairwise(times))
+
+
+async def test_what_lingers_is_taken_without_another_request() -> None:
+    """The batcher itself wakes the driver once what waits is due."""
+    bench = Bench(BatchingSettings())
+    tasks = [bench.submit(create(f"s{n}")) for n in range(200)]
+    async with asyncio.timeout(5):
+        while not all(task.done() for task in tasks):
+            bench.commit(bench.batcher.take())
+            seen = bench.wakes
+            # The driver's event would wake it; here a counter stands for it.
+            while bench.wakes == seen and not all(task.done() for task in tasks):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+    assert bench.machine.sandbox_count == 200

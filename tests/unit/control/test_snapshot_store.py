@@ -1,0 +1,153 @@
+"""Snapshots on disk: whole, or recognised as not."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prism_common.errors import StartupError
+from prism_control.storage.directory import DataDirectory
+from prism_control.storage.errors import CorruptStoreError
+from prism_control.storage.snapshots import SnapshotStore
+
+CHUNKS = [b"header", b"x" * 5000, bytes(range(256)), b"end"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SnapshotStore:
+    return SnapshotStore(tmp_path / "snapshots")
+
+
+def test_what_was_written_is_read(store: SnapshotStore) -> None:
+    size = store.write(5, CHUNKS)
+    assert size == store.file(5).stat().st_size
+    assert list(store.read(5)) == CHUNKS
+
+
+def test_empty_chunks_do_not_end_it(store: SnapshotStore) -> None:
+    store.write(5, [b"a", b"", b"b"])
+    assert list(store.read(5)) == [b"a", b"b"]
+
+
+def test_a_missing_one_is_named(store: SnapshotStore) -> None:
+    with pytest.raises(CorruptStoreError, match=r"00000000000000000005.snapshot"):
+        list(store.read(5))
+
+
+def test_every_truncation_is_recognised(store: SnapshotStore) -> None:
+    store.write(5, [b"abc", b"defgh"])
+    whole = store.file(5).read_bytes()
+    for length in range(len(whole)):
+        store.file(5).write_bytes(whole[:length])
+        with pytest.raises(CorruptStoreError):
+            list(store.read(5))
+    store.file(5).write_bytes(whole + b"x")
+    with pytest.raises(CorruptStoreError):
+        list(store.read(5))
+
+
+def test_every_flipped_bit_is_recognised(store: SnapshotStore) -> None:
+    store.write(5, [b"abc", b"defgh"])
+    whole = store.file(5).read_bytes()
+    for bit in range(len(whole) * 8):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        store.file(5).write_bytes(damaged)
+        with pytest.raises(CorruptStoreError):
+            list(store.read(5))
+
+
+def test_a_write_that_fails_leaves_nothing(store: SnapshotStore, tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"some"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        store.write(5, chunks())
+    assert list((tmp_path / "snapshots").iterdir()) == []
+
+
+def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "snapshots"
+    path.mkdir()
+    (path / "00000000000000000009-1.partial").write_bytes(b"half")
+    store = SnapshotStore(path)
+    store.write(5, CHUNKS)
+    assert [found.name for found in path.iterdir()] == ["00000000000000000005.snapshot"]
+
+
+def test_the_one_in_force_outlives_newer_ones_that_nobody_took(store: SnapshotStore) -> None:
+    """A received one is published before the core takes it, which it may never do."""
+    for index in (5, 7, 9, 11):
+        store.write(index, CHUNKS)
+    store.prune(7)
+    assert [store.file(index).exists() for index in (5, 7, 9, 11)] == [False, True, True, True]
+    store.prune(7, newer=True)
+    assert [store.file(index).exists() for index in (5, 7, 9, 11)] == [False, True, False, False]
+
+
+def test_one_arrives_in_pieces(store: SnapshotStore, tmp_path: Path) -> None:
+    other = SnapshotStore(tmp_path / "other")
+    other.write(5, CHUNKS)
+    whole = other.file(5).read_bytes()
+    incoming = store.receive(5)
+    for begin in range(0, len(whole), 100):
+        assert incoming.offset == begin
+        incoming.write(whole[begin : begin + 100])
+    incoming.finish()
+    assert list(store.read(5)) == CHUNKS
+
+
+def test_what_arrives_damaged_is_not_published(store: SnapshotStore, tmp_path: Path) -> None:
+    other = SnapshotStore(tmp_path / "other")
+    other.write(5, CHUNKS)
+    damaged = bytearray(other.file(5).read_bytes())
+    damaged[random.Random(1).randrange(len(damaged))] ^= 4
+    incoming = store.receive(5)
+    incoming.write(bytes(damaged))
+    with pytest.raises(CorruptStoreError):
+        incoming.finish()
+    incoming.abort()
+    assert list((tmp_path / "snapshots").iterdir()) == []
+
+
+def test_two_of_one_index_do_not_write_into_each_other(
+    store: SnapshotStore, tmp_path: Path
+) -> None:
+    """One of our own, and one that arrives; or a resend, while the first is still open."""
+    other = SnapshotStore(tmp_path / "other")
+    other.write(5, CHUNKS)
+    whole = other.file(5).read_bytes()
+    first, second = store.receive(5), store.receive(5)
+    first.write(whole[:50])
+    second.write(whole)
+    store.write(5, CHUNKS)
+    first.write(whole[50:])
+    first.finish()
+    second.finish()
+    assert list(store.read(5)) == CHUNKS
+
+
+def test_a_data_directory_has_one_owner(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    first = DataDirectory(path)
+    assert path.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(StartupError, match="in use by another process"):
+        DataDirectory(path)
+    first.close()
+    DataDirectory(path).close()
+
+
+def test_a_data_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartupError, match="--data-dir"):
+        DataDirectory(tmp_path / "file")
+
+
+def test_room_is_what_is_above_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = DataDirectory(tmp_path / "d")
+    assert directory.has_room()
+    monkeypatch.setattr("prism_control.storage.directory.RESERVE_BYTES", 2**60)
+    assert not directory.has_room()
+    directory.close()
