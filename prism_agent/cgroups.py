@@ -23,6 +23,8 @@ _PROCESSES_OWN: Final = 2
 _KILL_TIMEOUT_S: Final = 10.0
 #: A process that waits for a disk freezes when it has what it waits for.
 _FREEZE_TIMEOUT_S: Final = 5.0
+#: The first attempt; each further one takes twice as long.
+_FREEZE_ATTEMPT_S: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +169,24 @@ class _Directories:
         if file is None or not file.exists():
             raise OSError(errno.EOPNOTSUPP, "its cgroup has no freezer")
         deadline_s = time.monotonic() + _FREEZE_TIMEOUT_S
-        _write(file, self._freeze_words[0])
+        attempt_s = _FREEZE_ATTEMPT_S
+        while True:
+            _write(file, self._freeze_words[0])
+            if self._wait_frozen(name, min(deadline_s, time.monotonic() + attempt_s)):
+                return
+            # Version 1 may miss a process that was just being forked, and then waits for ever.
+            self.thaw(name)
+            if time.monotonic() > deadline_s:
+                raise OSError(errno.ETIMEDOUT, "its processes do not freeze")
+            time.sleep(0.005)
+            attempt_s *= 2
+
+    def _wait_frozen(self, name: str, deadline_s: float) -> bool:
         while not self._frozen(name):
             if time.monotonic() > deadline_s:
-                self.thaw(name)
-                raise OSError(errno.ETIMEDOUT, "its processes do not freeze")
+                return False
             time.sleep(0.0005)
+        return True
 
     def thaw(self, name: str) -> None:
         """Thaw; what has no freezer is not frozen."""

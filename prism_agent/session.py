@@ -96,6 +96,8 @@ class Session:
         self._lease_until_s: float | None = None
         self._fenced = False
         self._sent: dict[int, float] = {}
+        #: The first assignments of a session until they are complete; None: they are.
+        self._first: list[Assignment] | None = []
         self.connected_to = ""
         self.last_error = "no session yet"
 
@@ -217,6 +219,7 @@ class Session:
         self._heartbeat_interval_s = max(0.05, welcome.heartbeat_interval.ToNanoseconds() / 1e9)
         self._lease_s = welcome.lease.ToNanoseconds() / 1e9
         self._sent.clear()
+        self._first = []
         self._lease_until_s = None
         self._renew_lease(sent_s)
         known = [each for each in welcome.control_addresses if _is_address(each)]
@@ -263,6 +266,12 @@ class Session:
         assignments = [
             _assignment_of(each) for each in batch.assignments if _is_usable(each.sandbox_id)
         ]
+        if self._first is not None:
+            # All that the leader has may take several batches, of which the last is `complete`.
+            self._first += assignments
+            if not batch.complete:
+                return
+            assignments, self._first = self._first, None
         self._sandboxes.assign(batch.term, assignments, batch.complete)
 
     async def _send_heartbeats(self, write: "_Write") -> None:

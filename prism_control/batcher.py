@@ -279,9 +279,9 @@ class Batcher:
         now = time.monotonic()
         batches: list[EntryBatch] = []
         for queue in self._queues:
-            batching = queue.batching(now)
-            if batching and not self._due(queue, now):
+            if not self._goes(queue, now):
                 continue
+            batching = queue.batching(now)
             while queue.items and len(batches) < _ENTRIES_A_TURN_MAX:
                 items = self._take_items(queue, _BATCH_ITEMS_MAX if batching else 1)
                 if not items:
@@ -293,15 +293,18 @@ class Batcher:
                 self._wake_for(queue, now)
         return batches
 
+    def _goes(self, queue: _Queue, now: float) -> bool:
+        """Whether a queue's requests leave in this turn."""
+        return not queue.batching(now) or self._due(queue, now)
+
     def _due(self, queue: _Queue, now: float) -> bool:
         """Whether a queue's requests have waited for company as long as they should.
 
         Creates go no later than the deletes that came after them.
         """
         deletes = self._deletes
-        if queue is self._creates and deletes.items:
-            if not deletes.batching(now) or self._due(deletes, now):
-                return True
+        if queue is self._creates and deletes.items and self._goes(deletes, now):
+            return True
         linger_s = _LINGER_OTHER_S if queue is self._others else _LINGER_CREATE_S
         return (
             now >= queue.first_arrival + linger_s
@@ -311,7 +314,7 @@ class Batcher:
 
     def _wake_for(self, queue: _Queue, now: float) -> None:
         """Have the driver take a queue's requests now, or once they are due."""
-        if not queue.batching(now) or self._due(queue, now):
+        if self._goes(queue, now):
             self._wake()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._ring)

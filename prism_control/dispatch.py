@@ -200,7 +200,10 @@ class Dispatcher:
 
     async def _send(self, office: Office, session: _Session, write: Write) -> None:
         """Send all assignments first, and then changes as they come."""
-        await write(self._batch(office, session.agent.complete(), complete=True))
+        *parts, last = session.agent.complete()
+        for part in parts:
+            await write(self._batch(office, part, complete=False))
+        await write(self._batch(office, last, complete=True))
         while session.ended is None:
             assignments = session.agent.take()
             if assignments:

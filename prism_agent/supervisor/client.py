@@ -16,6 +16,18 @@ from prism_common.errors import SandboxGoneError
 logger = logging.getLogger(__name__)
 
 
+async def _connect(connection: socket.socket, address: str) -> None:
+    """Connect; a queue of connections that is full for a moment is waited for."""
+    async with asyncio.timeout(limits.SUPERVISOR_TIMEOUT_S):
+        while True:
+            try:
+                connection.connect(address)
+            except BlockingIOError:
+                await asyncio.sleep(limits.RECONNECT_S)
+            else:
+                return
+
+
 class SupervisorClient:
     """Sends requests and takes events; there is no other state than the socket.
 
@@ -47,10 +59,10 @@ class SupervisorClient:
         # A path in the data directory may be longer than an address can be.
         directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            connection.connect(f"/proc/self/fd/{directory}/{path.name}")
-        except OSError as error:
+            await _connect(connection, f"/proc/self/fd/{directory}/{path.name}")
+        except (OSError, TimeoutError) as error:
             connection.close()
-            raise SandboxGoneError(f"the sandbox does not answer: {error.strerror}") from None
+            raise SandboxGoneError(f"the sandbox does not answer: {error}") from None
         finally:
             os.close(directory)
         self._socket = connection

@@ -243,12 +243,6 @@ class ControlNode:
         if identity is None:
             raise StorageError("the identity is gone")
         core = await self._restore(store, snapshots)
-        driver = self._driver = Driver(
-            core, store, snapshots, self._replica, batcher, self._metrics.raft,
-            self._settings.snapshots,
-        )  # fmt: skip
-        driver.changed = self.changed
-        self.changed.notify()
         tasks = asyncio.TaskGroup()
         work: set[asyncio.Task[None]] = set()
 
@@ -259,33 +253,23 @@ class ControlNode:
             work.add(task)
             task.add_done_callback(work.discard)
 
+        driver = self._driver = Driver(
+            core, store, snapshots, self._replica, batcher, self._metrics.raft,
+            self._settings.snapshots,
+        )  # fmt: skip
+        driver.changed = self.changed
         transport = Transport(identity.cluster_id, self._me, driver.report_unreachable, send)
         driver.on_configuration = transport.update
-        membership = self._membership = Membership(driver, self._peers)
+        self._membership = Membership(driver, self._peers)
         self._status = NodeStatus(
             self._me, identity.cluster_id, driver, transport, self._replica, batcher,
             directory.has_room,
         )  # fmt: skip
-        if self._formation is not None:
-            self._formation.started(identity.cluster_id, lambda: driver.configuration)
         self._leadership = Leadership(
             identity.cluster_id, self._me, driver, self._replica, batcher, dispatcher,
             self._metrics.leader,
         )  # fmt: skip
-        self._metrics.registry.register(StatusCollector(self._status.raft, self._status.state))
-        raft_service.open(
-            RaftPort(
-                cluster_id=identity.cluster_id,
-                me=self._me.id,
-                receive=driver.receive,
-                meet=transport.meet,
-                part=transport.part,
-                join=membership.join,
-                heard=transport.heard,
-                snapshots=snapshots,
-            )
-        )
-        self._warn_of_moved_addresses(driver.configuration)
+        self._open(identity.cluster_id, driver, transport, snapshots, raft_service)
         try:
             async with tasks:
                 work |= {
@@ -304,6 +288,34 @@ class ControlNode:
         except BaseExceptionGroup as group:
             return _explain(group)
         return 0
+
+    def _open(
+        self,
+        cluster_id: str,
+        driver: Driver,
+        transport: Transport,
+        snapshots: SnapshotStore,
+        raft_service: RaftServicer,
+    ) -> None:
+        """Let others see and reach this member: it belongs to a cluster now."""
+        if self._formation is None or self._membership is None or self._status is None:
+            raise RuntimeError("the member is not built yet")
+        self.changed.notify()
+        self._formation.started(cluster_id, lambda: driver.configuration)
+        self._metrics.registry.register(StatusCollector(self._status.raft, self._status.state))
+        raft_service.open(
+            RaftPort(
+                cluster_id=cluster_id,
+                me=self._me.id,
+                receive=driver.receive,
+                meet=transport.meet,
+                part=transport.part,
+                join=self._membership.join,
+                heard=transport.heard,
+                snapshots=snapshots,
+            )
+        )
+        self._warn_of_moved_addresses(driver.configuration)
 
     async def _restore(self, store: LogStore, snapshots: SnapshotStore) -> Core:
         """Return the core as the disk has it, with the state machine at the last snapshot."""

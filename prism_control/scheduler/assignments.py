@@ -134,26 +134,26 @@ class AgentDispatch:
         else:
             self._leave(row, event.previous)
 
-    def complete(self) -> list[Assignment]:
-        """Return the session's first batch: all that the agent has and shall keep.
+    def complete(self) -> list[list[Assignment]]:
+        """Return the session's first batches: all that the agent has and shall keep.
 
-        What it has beyond them it deletes. Starts are among them up to the bound; the agent does
-        not have the others yet, so that leaving them out deletes nothing.
+        What it has beyond all of them it deletes. Starts are among them up to the bound; the agent
+        does not have the others yet, so that leaving them out deletes nothing.
         """
         self._completed = True
-        return self._take(len(self._news) + self._starts_max, None)
+        batches: list[list[Assignment]] = []
+        while batch := self.take():
+            batches.append(batch)
+        return batches or [[]]
 
     def take(self, limit: int = BATCH_MAX) -> list[Assignment]:
         """Return up to `limit` changes, and no more than fit into a message; empty: none."""
-        return self._take(limit, _BATCH_BYTES_MAX)
-
-    def _take(self, limit: int, bytes_max: int | None) -> list[Assignment]:
         batch: list[Assignment] = []
         size = 0
         while self._removals and len(batch) < limit:
             batch.append(self._removals.popleft())
         for queue in (self._news, self._starts):
-            while queue and len(batch) < limit and (bytes_max is None or size < bytes_max):
+            while queue and len(batch) < limit and size < _BATCH_BYTES_MAX:
                 if queue is self._starts and len(self._starting) >= self._starts_max:
                     break
                 key = next(iter(queue))

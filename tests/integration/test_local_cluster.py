@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc.aio
 import pytest
 from prism.cluster.v1 import cluster_pb2, cluster_pb2_grpc
 from prism.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
+from prism.sandbox.v1.sandbox_pb2 import WriteFileRequest
 
 from prism_common.channels import open_channel
 
@@ -125,6 +126,45 @@ def test_sandbox_runs_code_through_each_node(cluster: LocalCluster) -> None:
         removed = cluster.ctl(number, "sandbox", "rm", "-f", name)
         assert removed.returncode == 0, removed.stderr
         assert cluster.ctl(number, "sandbox", "info", name).returncode == 1
+
+
+async def test_files_and_terminals_through_each_node(cluster: LocalCluster) -> None:
+    made = cluster.ctl(0, "sandbox", "create", "--name", "files", "--wait")
+    assert made.returncode == 0, made.stderr
+    data = os.urandom(3 << 20)
+    for number in range(3):
+        path = f"/workspace/{number}"
+        async with open_channel(cluster.api(number)) as channel:
+            stub = sandbox_pb2_grpc.SandboxServiceStub(channel)
+
+            async def upload(to: str, end: asyncio.Event) -> AsyncIterator[WriteFileRequest]:
+                yield WriteFileRequest(sandbox="files", path=to, data=data[: 1 << 20])
+                yield WriteFileRequest(data=data[1 << 20 : 2 << 20])
+                yield WriteFileRequest(data=data[2 << 20 :])
+                await end.wait()
+
+            ended, never = asyncio.Event(), asyncio.Event()
+            ended.set()
+            info = await stub.WriteFile(upload(path, ended))
+            assert (info.path, info.size_bytes) == (path, len(data))
+            cut = stub.WriteFile(upload("/workspace/cut", never))
+            await asyncio.sleep(0.1)
+            cut.cancel()
+            request = sandbox_pb2.ReadFileRequest(sandbox="files", path=path)
+            assert b"".join([each.data async for each in stub.ReadFile(request)]) == data
+            listing = sandbox_pb2.ListFilesRequest(sandbox="files", path="/workspace")
+            found = [each.path for each in (await stub.ListFiles(listing)).files]
+            assert found == [f"/workspace/{each}" for each in range(number + 1)]
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await stub.StatFile(sandbox_pb2.StatFileRequest(sandbox="files", path="/none"))
+            assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+            call = stub.Exec()
+            size = sandbox_pb2.WindowSize(rows=11, columns=22)
+            start = sandbox_pb2.ExecStart(sandbox="files", argv=["stty", "size"], terminal=size)
+            await call.write(sandbox_pb2.ExecRequest(start=start))
+            output = b"".join([each.output.data async for each in call])
+            assert output == b"11 22\r\n"
+    assert cluster.ctl(0, "sandbox", "rm", "-f", "files").returncode == 0
 
 
 def test_up_a_second_time_is_harmless(cluster: LocalCluster) -> None:

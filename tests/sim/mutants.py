@@ -226,6 +226,17 @@ def _only_the_incoming_majority_counts(original: Any) -> Callable[..., Any]:
     return reached_index
 
 
+def _pre_vote_raises_the_term(original: Any) -> Callable[..., Any]:
+    def adopt_term(self: Core, message: Any) -> bool:
+        if isinstance(message, VoteRequest):
+            self._become_follower(message.term, NOBODY)
+            return True
+        adopted: bool = original(self, message)
+        return adopted
+
+    return adopt_term
+
+
 def _transfer_to_anybody(original: Any) -> Callable[..., Any]:
     def transfer(self: Core, to: int) -> None:
         if self.replication is not None and to != self.config.id and self._transfer is None:
@@ -501,6 +512,14 @@ MUTANTS = (
     ),
     Mutant(
         "removed leader stays", 20, Core, "_hand_over", _removed_leader_stays, Options.changes(3)
+    ),
+    Mutant(
+        "pre-vote of a removed member raises the term",
+        50,
+        Core,
+        "_adopt_term",
+        _pre_vote_raises_the_term,
+        Options.changes(3),
     ),
     Mutant(
         "snapshot moves backwards",

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 
+from prism_control.raft.types import Configuration
 from tests.sim.cluster import Cluster
-from tests.sim.formation import Formation
+from tests.sim.formation import Formation, Starter
+from tests.sim.invariants import ViolationError
 from tests.sim.options import Options
 from tests.sim.run import Result, main, replay_command, run_seed, shrink
 
@@ -64,6 +66,13 @@ def test_a_cluster_that_changes_all_the_time_breaks_no_promise() -> None:
 def test_members_that_start_together_never_form_two_clusters() -> None:
     for seed in range(1000):
         Formation(seed).run()
+
+
+def test_promises_that_are_not_kept_form_two_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Starter, "promised", Configuration())
+    formations = (Formation(seed).run() for seed in range(1000))
+    with pytest.raises(ViolationError, match="two clusters"):
+        list(formations)
 
 
 def test_shrinking_finds_the_faults_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:

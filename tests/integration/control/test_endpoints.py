@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -28,7 +29,7 @@ COMMON_SERVICES = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerRefle
 
 def _services(address: str) -> set[str]:
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         request = reflection_pb2.ServerReflectionRequest(list_services="")
         (answer,) = stub.ServerReflectionInfo(iter([request]), timeout=5)
         return {service.name for service in answer.list_services_response.service}
@@ -42,7 +43,7 @@ def test_both_ports_list_their_services(three: Cluster) -> None:
 
 def test_the_health_service_says_serving_for_the_port_and_each_service(three: Cluster) -> None:
     for node in three.nodes:
-        stub = health_pb2_grpc.HealthStub(node.channel)
+        stub: Any = health_pb2_grpc.HealthStub(node.channel)
         for name in ("", *API_SERVICES):
             answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

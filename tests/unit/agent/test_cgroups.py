@@ -87,6 +87,45 @@ def test_version_1_writes_every_limit(tmp_path: Path) -> None:
     assert groups.usage("sb").oom_kills == 4
 
 
+def test_version_1_freezes_by_its_own_controller(tmp_path: Path) -> None:
+    mounts = {name: tmp_path / name for name in (*cgroups.CONTROLLERS, "freezer")}
+    groups = CgroupsV1(mounts, "node")
+    state = tmp_path / "freezer/prism/node/sb/freezer.state"
+    groups.create("sb", LIMITS)
+    state.write_text("THAWED")
+    groups.freeze("sb")
+    assert state.read_text() == "FROZEN"
+    groups.create("sb", LIMITS)
+    assert state.read_text() == "THAWED"
+    assert str(state.parent / "tasks") in map(str, groups.procs_files("sb"))
+
+
+def test_version_1_without_a_freezer_says_so(tmp_path: Path) -> None:
+    groups = CgroupsV1({name: tmp_path / name for name in cgroups.CONTROLLERS}, "node")
+    groups.create("sb", LIMITS)
+    with pytest.raises(OSError, match="no freezer"):
+        groups.freeze("sb")
+    groups.thaw("sb")
+
+
+def test_version_2_thaws_what_does_not_freeze(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups, _ = cgroups.find(tree_v2(tmp_path), "node")
+    assert groups is not None
+    group = tmp_path / "prism" / "node" / "sb"
+    group.mkdir()
+    (group / "cgroup.freeze").write_text("0")
+    (group / "cgroup.events").write_text("populated 1\nfrozen 1\n")
+    groups.freeze("sb")
+    assert (group / "cgroup.freeze").read_text() == "1"
+    (group / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    monkeypatch.setattr(cgroups, "_FREEZE_TIMEOUT_S", 0.01)
+    with pytest.raises(OSError, match="do not freeze"):
+        groups.freeze("sb")
+    assert (group / "cgroup.freeze").read_text() == "0"
+
+
 def test_nothing_usable_says_what_is_missing(tmp_path: Path) -> None:
     groups, problem = cgroups.find(CgroupMounts({}, None), "node")
     assert groups is None

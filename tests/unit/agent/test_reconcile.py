@@ -8,15 +8,18 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from prism_agent.reconcile import (
+    BUSY,
     Action,
     Assignment,
     Delete,
     Desired,
     Forget,
     Hurry,
+    Pause,
     Phase,
     Reconciler,
     Report,
+    Resume,
     Sandbox,
     Start,
     Stop,
@@ -188,6 +191,67 @@ def test_adoption_goes_on_with_what_was_under_way() -> None:
         machine.check()
 
 
+def test_pause_and_resume_go_through_their_own_phases() -> None:
+    machine = Reconciler(4)
+    ready(machine)
+    assert machine.assign(1, [want(desired=Desired.PAUSED)], False) == [Pause("a")]
+    assert machine.assign(1, [want(desired=Desired.PAUSED)], False) == []
+    assert machine.paused("a") == [Report("a")]
+    assert machine.assign(1, [want(desired=Desired.PAUSED)], False) == [Report("a")]
+    assert machine.assign(1, [want()], False) == [Resume("a")]
+    assert machine.resumed("a") == [Report("a")]
+    assert machine.sandboxes["a"].phase is Phase.READY
+
+
+def test_what_is_wanted_while_pausing_is_done_after_it() -> None:
+    for desired, action in (
+        (Desired.RUNNING, Resume("a")),
+        (Desired.STOPPED, Stop("a", 5.0)),
+        (Desired.DELETED, Delete("a", 5.0)),
+    ):
+        machine = Reconciler(4)
+        ready(machine)
+        machine.assign(1, [want(desired=Desired.PAUSED)], False)
+        assert machine.assign(1, [want(desired=desired)], False) == []
+        assert machine.paused("a")[-1] == action
+
+
+def test_a_pause_that_fails_is_reported_and_not_repeated_by_itself() -> None:
+    machine = Reconciler(4)
+    ready(machine)
+    machine.assign(1, [want(desired=Desired.PAUSED)], False)
+    assert machine.pause_failed("a", "no freezer") == [Report("a")]
+    assert machine.sandboxes["a"].reason == "PAUSE_FAILED"
+    assert machine.assign(1, [want()], False) == [Report("a")]
+    assert machine.sandboxes["a"].reason == ""
+
+
+def test_a_sandbox_wanted_paused_before_it_was_started_is_started_first() -> None:
+    machine = Reconciler(4)
+    machine.assign(1, [want()], False)
+    assert machine.assign(1, [want(desired=Desired.PAUSED)], False) == []
+    assert machine.started("a", "r") == [Report("a"), Pause("a")]
+    machine.paused("a")
+    assert machine.assign(1, [want(start=2)], False) == [Stop("a", 5.0)]
+
+
+def test_pausing_and_resuming_are_done_again_after_a_restart() -> None:
+    for phase, action in ((Phase.PAUSING, Pause("a")), (Phase.RESUMING, Resume("a"))):
+        adopted = Sandbox(want(desired=Desired.PAUSED), phase, 1)
+        assert Reconciler(4).adopt(adopted, alive=True) == [action]
+    dead = Sandbox(want(desired=Desired.PAUSED), Phase.PAUSED, 1)
+    assert Reconciler(4).adopt(dead, alive=False) == [Report("a")]
+    assert dead.phase is Phase.FAILED
+
+
+def test_the_lease_ends_what_is_paused_too() -> None:
+    machine = Reconciler(4)
+    ready(machine, replace(want(), reschedules=True))
+    machine.assign(1, [want(desired=Desired.PAUSED)], False)
+    assert machine.lease_expired() == []
+    assert machine.paused("a") == [Stop("a", 0.0)]
+
+
 class Convergence(RuleBasedStateMachine):
     """Any order of assignments, outcomes and accidents: invariants hold, and it converges."""
 
@@ -199,7 +263,7 @@ class Convergence(RuleBasedStateMachine):
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Start | Stop | Delete):
+            if isinstance(action, Start | Stop | Pause | Resume | Delete):
                 assert action.sandbox_id not in self.under_way, "two actions at once"
                 self.under_way[action.sandbox_id] = action
 
@@ -224,6 +288,14 @@ class Convergence(RuleBasedStateMachine):
                 self.perform(self.machine.started(name, "r"))
             case Start():
                 self.perform(self.machine.start_failed(name, "START_FAILED", "no"))
+            case Pause() if good:
+                self.perform(self.machine.paused(name))
+            case Pause():
+                self.perform(self.machine.pause_failed(name, "no"))
+            case Resume() if good:
+                self.perform(self.machine.resumed(name))
+            case Resume():
+                self.perform(self.machine.resume_failed(name, "no"))
             case Stop():
                 self.perform(self.machine.stopped(name))
             case Delete():
@@ -234,6 +306,9 @@ class Convergence(RuleBasedStateMachine):
         if kind == "acknowledged":
             self.perform(self.machine.acknowledged(name))
         elif kind == "died":
+            if name in self.under_way:
+                # The edge tells of an end when what is under way is over.
+                return
             self.perform(self.machine.died(name, "SUPERVISOR_DIED", "x"))
         else:
             self.perform(self.machine.expired(name, "TTL_EXPIRED", "x"))
@@ -246,7 +321,7 @@ class Convergence(RuleBasedStateMachine):
     def holds(self) -> None:
         self.machine.check()
         for name, each in self.machine.sandboxes.items():
-            busy = each.phase in (Phase.STARTING, Phase.STOPPING, Phase.DELETING)
+            busy = each.phase in BUSY
             assert busy == (name in self.under_way), (name, each, self.under_way)
             assert each.generation >= self.generations.get(name, 0)
             self.generations[name] = each.generation
@@ -260,15 +335,20 @@ class Convergence(RuleBasedStateMachine):
             name = sorted(self.under_way)[0]
             outcome = {
                 Start: lambda name: self.machine.started(name, "r"),
+                Pause: self.machine.paused,
+                Resume: self.machine.resumed,
                 Stop: self.machine.stopped,
                 Delete: self.machine.deleted,
             }[type(self.under_way.pop(name))]
             self.perform(outcome(name))
         assert not self.under_way, "it never comes to rest"
         for each in self.machine.sandboxes.values():
-            assert each.phase in (Phase.READY, Phase.STOPPED, Phase.FAILED, Phase.DELETED)
+            assert each.phase not in BUSY | {Phase.QUEUED}
             if each.phase is Phase.READY:
-                assert each.wanted.desired is Desired.RUNNING
+                failed = each.reason == "PAUSE_FAILED"
+                assert each.wanted.desired is (Desired.PAUSED if failed else Desired.RUNNING)
+            if each.phase is Phase.PAUSED and each.reason != "RESUME_FAILED":
+                assert each.wanted.desired is Desired.PAUSED
 
 
 TestConvergence = Convergence.TestCase

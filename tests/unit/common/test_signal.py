@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from prism_common.signal import Signal
+from prism_common.signal import KeyedSignal, Signal
 
 
 async def test_a_notify_wakes_all_who_wait_and_nobody_who_comes_later() -> None:
@@ -24,3 +24,25 @@ async def test_a_waiter_that_gave_up_is_forgotten() -> None:
                 await signal.wait()
     assert not signal._waiters
     signal.notify()
+
+
+async def test_a_keyed_notify_wakes_only_who_waits_for_that_key() -> None:
+    signal = KeyedSignal()
+    async with asyncio.TaskGroup() as tasks:
+        mine = [tasks.create_task(signal.wait("a")) for _ in range(3)]
+        other = tasks.create_task(signal.wait("b"))
+        await asyncio.sleep(0)
+        signal.notify("a")
+        await asyncio.gather(*mine)
+        assert not other.done()
+        signal.notify_all()
+    assert not signal._waiters
+
+
+async def test_a_keyed_waiter_that_gave_up_is_forgotten() -> None:
+    signal = KeyedSignal()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await signal.wait("a")
+    assert not signal._waiters
+    signal.notify("a")

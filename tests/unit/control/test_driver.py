@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from prism_control.raft.types import (
     Role,
     SnapshotMeta,
     SnapshotRequest,
+    VoteReply,
+    VoteRequest,
 )
 from prism_control.state import commands
 from prism_control.state.results import Ok, Result
@@ -42,6 +44,12 @@ from prism_control.storage.snapshots import SnapshotStore
 from tests.unit.state.builders import create
 
 SMALL = SnapshotPolicy(entries=20, trailing_entries=5)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells of."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
 
 
 class Sink:
@@ -135,7 +143,7 @@ async def test_reads_wait_for_the_leader_and_for_what_was_acknowledged(node: Nod
 
 
 async def test_after_a_restart_everything_is_there_with_the_same_digest(node: Node) -> None:
-    digests = []
+    digests: list[str] = []
     for start in range(3):
         async with node.running():
             await node.leading()
@@ -154,8 +162,7 @@ async def test_snapshots_compact_the_log_and_a_restart_begins_from_one(node: Nod
         await node.leading()
         for number in range(100):
             await node.create(f"s{number}")
-        while node.core.log.base_index == 0 or node.core.snapshot.index < 60:
-            await asyncio.sleep(0)
+        await until(lambda: node.core.log.base_index > 0 and node.core.snapshot.index >= 60)
         digest = node.replica.machine.digest()
         snapshot = node.core.snapshot
         assert node.core.log.base_index == snapshot.index - SMALL.trailing_entries
@@ -173,14 +180,13 @@ async def test_snapshots_compact_the_log_and_a_restart_begins_from_one(node: Nod
 
 
 async def test_the_margin_is_bounded_in_bytes_too(tmp_path: Path) -> None:
-    policy = SnapshotPolicy(10_000, size_bytes=20_000, trailing_entries=2000, trailing_bytes=3000)
+    policy = SnapshotPolicy(10_000, size_bytes=5000, trailing_entries=2000, trailing_bytes=3000)
     node = Node(tmp_path / "n1", policy=policy)
     async with node.running():
         await node.leading()
         for number in range(150):
             await node.create(f"s{number}")
-        while node.core.log.base_index == 0:
-            await asyncio.sleep(0)
+        await until(lambda: node.core.log.base_index > 0)
         kept = node.core.log.slice(node.core.log.base_index + 1, node.core.snapshot.index)
         assert 0 < sum(len(entry.data) for entry in kept) <= 3000
 
@@ -236,8 +242,7 @@ async def test_a_full_disk_fails_who_waits_loses_nothing_and_goes_on(
             await node.create("meanwhile")
         assert caught.value.retry_after_s
         assert node.driver.disk_full
-        while disk.refused < 3:
-            await asyncio.sleep(0)
+        await until(lambda: disk.refused >= 3)
         disk.full = False
         await node.create("after")
         assert not node.driver.disk_full
@@ -301,8 +306,7 @@ async def test_reads_that_give_up_are_forgotten_and_stopping_fails_the_rest(
                 async with asyncio.timeout(0.001):
                     await driver.read_barrier()
         left = asyncio.get_running_loop().create_task(driver.read_barrier())
-        while len(driver._reads._new) != 1:
-            await asyncio.sleep(0)
+        await until(lambda: len(driver._reads._new) == 1)
     with pytest.raises(StoppingError):
         await left
 
@@ -322,8 +326,7 @@ async def test_a_follower_installs_a_snapshot_and_follows_on_from_it(tmp_path: P
         await other.leading()
         for number in range(50):
             await other.create(f"s{number}")
-        while other.core.snapshot.index < 40:
-            await asyncio.sleep(0)
+        await until(lambda: other.core.snapshot.index >= 40)
         index = other.core.snapshot.index
         whole = list(other.snapshots.read(index))
         term = other.core.snapshot.term
@@ -337,12 +340,13 @@ async def test_a_follower_installs_a_snapshot_and_follows_on_from_it(tmp_path: P
         driver.receive(
             [AppendRequest(2, 1, 9, index, term, _leader_entries(index + 1, index + 3, 9), index)]
         )
-        while node.core.log.last_index < index + 3 or node.core.applied_index < index:
-            await asyncio.sleep(0)
+        await until(
+            lambda: node.core.log.last_index == index + 3 and node.core.applied_index == index
+        )
         assert driver.soft_state.role is Role.FOLLOWER
         assert driver.leader is not None
         assert node.replica.machine.sandbox("s10") is not None
-        await asyncio.sleep(0.05)
+        await until(lambda: node.core.log.persisted == index + 3)
     node.open()
     assert node.core.snapshot == meta
     assert node.core.log.last_index == index + 3
@@ -369,8 +373,6 @@ async def test_losing_leadership_fails_what_is_under_way_as_unknown(tmp_path: Pa
 
 def _elect(node: Node) -> None:
     """Grant member 1 every vote that it has asked for."""
-    from prism_control.raft.types import VoteReply, VoteRequest
-
     asked = [message for message in node.sink.sent if isinstance(message, VoteRequest)]
     node.sink.sent.clear()
     node.driver.receive([VoteReply(m.receiver, 1, m.term, m.pre_vote, granted=True) for m in asked])

@@ -5,6 +5,7 @@ import random
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -106,7 +107,7 @@ def test_a_member_is_bootstrapped_once(store: LogStore) -> None:
 # ── Damage ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def tamper(store: LogStore, change: Callable[[lmdb.Transaction, object, object], None]) -> LogStore:
+def tamper(store: LogStore, change: Callable[[Any, object, object], None]) -> LogStore:
     """Change the database behind the store's back; return the store opened again."""
     path = store._path
     store.close()
@@ -128,7 +129,7 @@ def test_a_flipped_bit_is_named_and_never_loaded(store: LogStore, seed: int) -> 
     chosen = random.Random(seed)
     index = chosen.randint(1, 5)
 
-    def flip(txn: lmdb.Transaction, meta: object, log: object) -> None:
+    def flip(txn: Any, meta: object, log: object) -> None:
         value = bytearray(txn.get(key(index), db=log))
         bit = chosen.randrange(len(value) * 8)
         value[bit // 8] ^= 1 << bit % 8
@@ -148,7 +149,7 @@ def test_a_flipped_bit_in_a_record_is_named(store: LogStore, name: bytes, seed: 
     store.compact(SnapshotMeta(3, 1, CONFIGURATION), 2)
     chosen = random.Random(seed)
 
-    def flip(txn: lmdb.Transaction, meta: object, log: object) -> None:
+    def flip(txn: Any, meta: object, log: object) -> None:
         value = bytearray(txn.get(name, db=meta))
         value[chosen.randrange(len(value))] ^= 1 << chosen.randrange(8)
         txn.put(name, bytes(value), db=meta)
@@ -167,7 +168,7 @@ def test_a_flipped_bit_in_a_record_is_named(store: LogStore, name: bytes, seed: 
 def test_a_missing_entry_is_named(store: LogStore, gone: list[int], words: str) -> None:
     store.persist(HardState(1, 7, 5), None, entries(1, 5))
 
-    def delete(txn: lmdb.Transaction, meta: object, log: object) -> None:
+    def delete(txn: Any, meta: object, log: object) -> None:
         for index in gone:
             txn.delete(key(index), db=log)
 
@@ -181,7 +182,7 @@ def test_a_log_that_ends_before_its_snapshot_is_refused(store: LogStore) -> None
     store.persist(HardState(1, 7, 5), None, entries(1, 20))
     store.compact(SnapshotMeta(18, 1, CONFIGURATION), 10)
 
-    def cut(txn: lmdb.Transaction, meta: object, log: object) -> None:
+    def cut(txn: Any, meta: object, log: object) -> None:
         for index in range(15, 21):
             txn.delete(key(index), db=log)
 
@@ -194,7 +195,7 @@ def test_a_log_that_ends_before_its_snapshot_is_refused(store: LogStore) -> None
 def test_an_entry_under_another_index_is_refused(store: LogStore) -> None:
     store.persist(HardState(1, 7, 5), None, entries(1, 5))
 
-    def swap(txn: lmdb.Transaction, meta: object, log: object) -> None:
+    def swap(txn: Any, meta: object, log: object) -> None:
         second, third = txn.get(key(2), db=log), txn.get(key(3), db=log)
         txn.put(key(2), third, db=log)
         txn.put(key(3), second, db=log)

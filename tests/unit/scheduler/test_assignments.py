@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from prism_control.scheduler import assignments
 from prism_control.scheduler.assignments import AgentDispatch, Dispatch, assignment_of
 from prism_control.state import commands as c
 from prism_control.state.events import NodeChanged
@@ -61,7 +62,7 @@ def test_first_batch_is_complete():
     session.driver.bring(SandboxState.SCHEDULED, "s5")
     agent = session.open()
     assert agent.ready
-    batch = agent.complete()
+    [batch] = agent.complete()
     assert wishes(batch) == [
         ("s1", 1, RUN), ("s2", 1, STOP), ("s3", 1, DELETE), ("s4", 1, STOP), ("s5", 1, RUN)
     ]  # fmt: skip
@@ -133,7 +134,7 @@ def test_starts_that_the_agent_does_not_have_may_be_missing_in_the_first_batch()
     session.open()
     session.place("s1", "s2", "s3", "s4")
     agent = session.open()
-    assert wishes(agent.complete()) == [("s4", 1, RUN), ("s1", 1, RUN)]
+    assert wishes(*agent.complete()) == [("s4", 1, RUN), ("s1", 1, RUN)]
     session.report(ObservedState.READY, "s4")
     session.report(ObservedState.READY, "s1")
     assert wishes(agent.take()) == [("s2", 1, RUN), ("s3", 1, RUN)]
@@ -204,4 +205,25 @@ def test_lost_with_the_node_leaves_nothing_to_send_in_a_new_session(state):
     session = Session()
     session.driver.bring(state)
     session.driver.run(c.LoseNode("n1", "i1", 5), register(capacity=ROOM))
-    assert session.open().complete() == []
+    assert session.open().complete() == [[]]
+
+
+def test_first_batches_stay_below_a_message(monkeypatch):
+    monkeypatch.setattr(assignments, "_BATCH_BYTES_MAX", 1024)
+    session = Session(has=("s1", "s2", "s3"))
+    for key in ("s1", "s2", "s3"):
+        session.driver.bring(SandboxState.READY, key)
+    agent = session.open()
+    batches = agent.complete()
+    assert [[one.sandbox_id for one in batch] for batch in batches] == [["s1", "s2"], ["s3"]]
+    assert agent.take() == []
+
+
+def test_a_new_deadline_is_told():
+    session = Session(has=("s1",))
+    session.driver.bring(SandboxState.READY, "s1")
+    agent = session.open()
+    agent.complete()
+    assert session.run(c.UpdateSandbox("", b"", "s1", (("a", "b"),))) == set()
+    assert session.run(c.UpdateSandbox("", b"", "s1", (), 2_000_000)) == {"n1"}
+    assert [one.expire_ms for one in agent.take()] == [2_000_000]
