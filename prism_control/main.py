@@ -1,6 +1,7 @@
 """The command `prismd`."""
 
 import asyncio
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -28,6 +29,10 @@ from prism_control.node.settings import (
 )
 
 logger = logging.getLogger(__name__)
+
+#: A call makes some hundred objects that live as long as it does: at the default of 700 the
+#: collector looks at all calls under way again and again, and finds nothing.
+_GC_THRESHOLDS = (50_000, 20, 50)
 
 _EPILOG = """\b
 Examples:
@@ -115,6 +120,7 @@ def _command(
     node_settings = make_settings(batching=batching, snapshots=snapshots, **flags)
     log.configure(log_level, log_format, log_file)
     _warn(node_settings, insecure)
+    gc.set_threshold(*_GC_THRESHOLDS)
     return asyncio.run(ControlNode(node_settings).run())
 
 

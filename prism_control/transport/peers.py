@@ -179,7 +179,7 @@ class Transport:
         cluster_id: Named in every hello.
         me: This member, as others may dial it.
         unreachable: Told of peers to whom messages were lost.
-        send_snapshot: Told of snapshots that the core wants sent.
+        send_snapshot: Told of snapshots that the core wants sent, and where to; empty: unknown.
     """
 
     def __init__(
@@ -263,11 +263,10 @@ class Transport:
         """Queue messages. Each may be lost, as Raft allows."""
         for message in messages:
             entry = self._links.get(message.receiver)
-            if entry is None:
-                continue
             if isinstance(message, SnapshotRequest):
-                self._send_snapshot(message, entry[0].address)
-            else:
+                # Also without an address: the core must hear that it failed.
+                self._send_snapshot(message, entry[0].address if entry is not None else "")
+            elif entry is not None:
                 entry[0].send(message)
 
     def is_connected(self, peer: MemberId) -> bool:

@@ -34,6 +34,8 @@ async def send_snapshot(
     address: str,
 ) -> bool:
     """Send the snapshot file at `path` to `address`; return whether it is on the peer's disk."""
+    if not address:
+        return False
     try:
         # Opened before anything else: a newer snapshot may remove the file's name meanwhile.
         with path.open("rb") as file:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -31,12 +33,20 @@ STALE: Final = sandbox_pb2.CONSISTENCY_STALE
 T = TypeVar("T")
 
 
+#: Below the system's range for outgoing connections, which would take a port between two starts.
+_PORTS: Final = range(10_240, 32_000)
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """Return a port that nobody listened on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody listens on, and that was not returned before."""
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _given:
+                _given.add(port)
+                return port
 
 
 def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = WAIT_S) -> T:

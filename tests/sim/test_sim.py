@@ -63,16 +63,19 @@ def test_a_cluster_that_changes_all_the_time_breaks_no_promise() -> None:
     assert sum(result.changes for result in results) > 50
 
 
-def test_members_that_start_together_never_form_two_clusters() -> None:
-    for seed in range(1000):
+def _form_clusters(seeds: int) -> None:
+    for seed in range(seeds):
         Formation(seed).run()
+
+
+def test_members_that_start_together_never_form_two_clusters() -> None:
+    _form_clusters(1000)
 
 
 def test_promises_that_are_not_kept_form_two_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Starter, "promised", Configuration())
-    formations = (Formation(seed).run() for seed in range(1000))
     with pytest.raises(ViolationError, match="two clusters"):
-        list(formations)
+        _form_clusters(1000)
 
 
 def test_shrinking_finds_the_faults_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:

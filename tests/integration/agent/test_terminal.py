@@ -25,7 +25,8 @@ async def test_it_is_a_terminal_of_the_size_asked_for(agent: AgentProcess, sandb
 
 
 async def test_input_is_echoed_and_ctrl_c_interrupts(agent: AgentProcess, sandbox: str) -> None:
-    script = "trap 'echo caught; exit 3' INT; echo up; read line; echo got $line; sleep 1000"
+    wait = "while :; do sleep 0.05; done"
+    script = f"trap 'echo caught; exit 3' INT; echo up; read line; echo got $line; {wait}"
     call = agent.open(sandbox, ["sh", "-c", script], terminal=SIZE, stdin=True)
     await call.until(b"up\r\n")
     await call.send(stdin=b"hello\n")

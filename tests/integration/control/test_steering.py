@@ -151,6 +151,20 @@ def test_labels_and_deadline_change_and_the_agent_keeps_the_deadline(steered: Cl
     wait_for("it to expire", gone)
 
 
+def test_a_sandbox_is_paused_and_resumed_by_its_agent(steered: Cluster) -> None:
+    stub = steered.followers()[0].sandboxes
+    stub.BatchCreateSandboxes(creates(["napper"]), timeout=WAIT_S)
+
+    def is_in(state: sandbox_pb2.SandboxState.ValueType) -> bool:
+        get = sandbox_pb2.GetSandboxRequest(sandbox="napper")
+        return stub.GetSandbox(get, timeout=WAIT_S).state == state
+
+    stub.PauseSandbox(sandbox_pb2.PauseSandboxRequest(sandbox="napper"), timeout=WAIT_S)
+    wait_for("it to be PAUSED", lambda: is_in(sandbox_pb2.SANDBOX_STATE_PAUSED))
+    stub.ResumeSandbox(sandbox_pb2.ResumeSandboxRequest(sandbox="napper"), timeout=WAIT_S)
+    wait_for("it to be READY", lambda: is_in(sandbox_pb2.SANDBOX_STATE_READY))
+
+
 def test_drain_empties_a_node(steered: Cluster) -> None:
     control = steered.followers()[0]
     moving = [f"moves-{i}" for i in range(10)]
@@ -167,7 +181,8 @@ def test_drain_empties_a_node(steered: Cluster) -> None:
         timeout=WAIT_S,
     )
     assert node.cordoned
-    assert next(watch).node == node
+    seen = next(watch).node
+    assert (seen.id, seen.drain_time) == (node.id, node.drain_time)
     watch.cancel()
     wait_for("the node to be empty", lambda: node_of(control, "fake1").sandboxes == 0)
 

@@ -1,15 +1,35 @@
 """Writes and reads through any node, and through the death of a leader."""
 
+import signal
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from prism.agent.v1 import agent_pb2, agent_pb2_grpc
 from prism.sandbox.v1 import sandbox_pb2
 
-from tests.integration.harness import STALE, Cluster, ControlNode, cluster, reason_of
+from tests.integration.harness import STALE, Cluster, ControlNode, cluster, reason_of, wait_for
+
+
+@pytest.fixture(scope="module")
+def hurt(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three nodes; tests may stop some of them."""
+    with cluster(tmp_path_factory.mktemp("hurt"), 3) as made:
+        yield made
+
+
+@pytest.fixture
+def mended(hurt: Cluster) -> Cluster:
+    """The same, all of them up."""
+    for node in hurt.nodes:
+        if node.process is None:
+            node.start()
+    return hurt.wait_ready()
 
 
 def test_every_node_takes_writes_and_every_other_sees_them_at_once(three: Cluster) -> None:
@@ -42,16 +62,15 @@ def test_a_taken_name_is_refused_through_a_follower(three: Cluster) -> None:
 
 
 def test_the_same_request_id_after_a_change_of_leader_gets_the_first_answer(
-    tmp_path: Path,
+    mended: Cluster,
 ) -> None:
-    with cluster(tmp_path, 3) as made:
-        request_id = str(uuid.uuid4())
-        leader = made.leader()
-        first = leader.create("before", request_id)
-        leader.kill()
-        again = made.running[0].create("before", request_id)
-        assert again.id == first.id
-        assert again.create_time == first.create_time
+    request_id = str(uuid.uuid4())
+    leader = mended.leader()
+    first = leader.create("twice", request_id)
+    leader.kill()
+    again = mended.running[0].create("twice", request_id)
+    assert again.id == first.id
+    assert again.create_time == first.create_time
 
 
 class _Writer(threading.Thread):
@@ -172,3 +191,62 @@ def test_without_a_majority_writes_are_refused_in_words_and_stale_reads_go_on(
                 node.start()
         made.wait_ready()
         survivor.create("refused")
+
+
+def test_a_leader_that_hangs_holds_up_nobody_for_long(mended: Cluster) -> None:
+    """Its connections stand, but it answers nothing; those who wait for it are sent on."""
+    leader = mended.leader()
+    follower = mended.followers()[0]
+    follower.create("before-it-hangs")
+    leader.signal(signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        created = follower.create("meanwhile", timeout_s=30)
+        assert time.monotonic() - started < 6
+    finally:
+        leader.signal(signal.SIGCONT)
+    wait_for("the old leader follows", lambda: not leader.leads)
+    leader.wait_ready()
+    assert [row.id for row in leader.list_all() if row.name == "meanwhile"] == [created.id]
+    assert "Traceback" not in leader.log
+
+
+def test_sessions_of_agents_end_with_a_leaders_office_and_go_on_at_the_next(
+    mended: Cluster,
+) -> None:
+    leader = mended.leader()
+    with pytest.raises(grpc.RpcError) as caught:
+        list(_session(mended.followers()[0]))
+    assert reason_of(caught.value)[0] == "NOT_LEADER"
+    session = _session(leader)
+    welcome = next(session).welcome
+    leader.signal(signal.SIGTERM)
+    with pytest.raises(grpc.RpcError) as caught:
+        list(session)
+    assert reason_of(caught.value)[0] in ("NOT_LEADER", "UNAVAILABLE", "STOPPING")
+    assert leader.wait(5) == 0
+    assert "Traceback" not in leader.log
+
+    following = mended.leader()
+    again = _session(following)
+    assert next(again).welcome.term > welcome.term
+    # One that vanishes is no failure of the leader's.
+    following._close_channel()
+    wait_for("it is noticed", lambda: "has ended" in following.log)
+    assert "Traceback" not in following.log
+
+
+def _session(node: ControlNode) -> Any:
+    hold = threading.Event()
+
+    def requests() -> Iterator[agent_pb2.SessionRequest]:
+        yield agent_pb2.SessionRequest(
+            register=agent_pb2.Register(
+                node_id="node-1", name="worker", incarnation="i1", address="127.0.0.1:1"
+            )
+        )
+        hold.wait(30)
+
+    call = agent_pb2_grpc.AgentGatewayStub(node.channel).Session(requests())
+    call.add_callback(hold.set)
+    return call
