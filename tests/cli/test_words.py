@@ -26,7 +26,8 @@ VERBS = [
     *(("sandbox", verb) for verb in (
         "create", "ls", "info", "exec", "attach", "execs", "logs", "start", "stop", "rm", "run")),
     *(("node", verb) for verb in ("ls", "info", "top")),
-    ("peer", "ls"), ("peer", "info"), ("info",), ("doctor",), ("completion",),
+    *(("peer", verb) for verb in ("ls", "info", "add", "rm", "transfer-leader")),
+    ("info",), ("backup",), ("doctor",), ("completion",),
 ]  # fmt: skip
 
 
