@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _EVERY_S_DEFAULT: Final = 2.0
 
-app = new_app("See the machines that run sandboxes.")
+app = new_app("See and steer the machines that run sandboxes.")
 
 Node = Annotated[
     str,
@@ -153,3 +153,59 @@ def measure(client: "Client") -> list[dict[str, Any]]:
 
 def _name_of_measurement(measured: dict[str, Any]) -> str:
     return str(measured["node_name"])
+
+
+@command(app, "cordon", examples=["prismctl node cordon agent-1"])
+def cordon(settings: Settings, node: Node) -> None:
+    """Place nothing new on a node; what runs there goes on."""
+    from prism.node.v1 import node_pb2
+
+    from prism_cli.client import Client
+
+    with Client(settings) as client:
+        request = node_pb2.CordonNodeRequest(node=node)
+        found = client.call(lambda stubs: stubs.nodes.CordonNode, request)
+    typer.echo(found.name)
+
+
+@command(app, "uncordon", examples=["prismctl node uncordon agent-1"])
+def uncordon(settings: Settings, node: Node) -> None:
+    """Place sandboxes on a node again, and end its drain."""
+    from prism.node.v1 import node_pb2
+
+    from prism_cli.client import Client
+
+    with Client(settings) as client:
+        request = node_pb2.UncordonNodeRequest(node=node)
+        found = client.call(lambda stubs: stubs.nodes.UncordonNode, request)
+    typer.echo(found.name)
+
+
+@command(
+    app,
+    "drain",
+    examples=["prismctl node drain agent-1", "prismctl node drain agent-1 --deadline 10m"],
+)
+def drain(
+    settings: Settings,
+    node: Node,
+    deadline: Annotated[
+        float | None,
+        typer.Option(
+            "--deadline",
+            metavar="TIME",
+            parser=quantities.parse_duration,
+            help="What cannot be placed elsewhere may run for so long.  [default: 0s]",
+        ),
+    ] = None,
+) -> None:
+    """Empty a node: cordon it, move what may be placed again, and end the rest by a deadline."""
+    from prism.node.v1 import node_pb2
+
+    from prism_cli.client import Client
+    from prism_cli.creation import to_duration
+
+    with Client(settings) as client:
+        request = node_pb2.DrainNodeRequest(node=node, deadline=to_duration(deadline))
+        found = client.call(lambda stubs: stubs.nodes.DrainNode, request)
+    typer.echo(found.name)

@@ -15,6 +15,7 @@ from prism_common.status import RemoteError
 
 READY: Final = pb.SANDBOX_STATE_READY
 STOPPED: Final = pb.SANDBOX_STATE_STOPPED
+PAUSED: Final = pb.SANDBOX_STATE_PAUSED
 _ENDS: Final = frozenset(
     {
         pb.SANDBOX_STATE_STOPPED,

@@ -301,6 +301,18 @@ class FakePrism(
         self.put(sandbox.name, pb.SANDBOX_STATE_STOPPED)
         return first
 
+    def PauseSandbox(self, request: Any, context: Any) -> pb.Sandbox:
+        self._begin("PauseSandbox", request, context)
+        first = self._find(request.sandbox, context)
+        self.put(first.name, pb.SANDBOX_STATE_PAUSED)
+        return first
+
+    def ResumeSandbox(self, request: Any, context: Any) -> pb.Sandbox:
+        self._begin("ResumeSandbox", request, context)
+        first = self._find(request.sandbox, context)
+        self.put(first.name, pb.SANDBOX_STATE_READY)
+        return first
+
     def StartSandbox(self, request: Any, context: Any) -> pb.Sandbox:
         self._begin("StartSandbox", request, context)
         sandbox = self._find(request.sandbox, context)
@@ -406,6 +418,16 @@ class FakePrism(
             if request.node in (node.id, node.name):
                 return node
         abort(context, errors.NotFoundError(f"no node is named {request.node!r}"))
+
+    def CordonNode(self, request: Any, context: Any) -> node_pb2.Node:
+        return self.GetNode(request, context)
+
+    def UncordonNode(self, request: Any, context: Any) -> node_pb2.Node:
+        return self.GetNode(request, context)
+
+    def DrainNode(self, request: Any, context: Any) -> node_pb2.Node:
+        self._begin("DrainNode", request, context)
+        return self.GetNode(request, context)
 
     def GetHealth(self, request: Any, context: Any) -> node_pb2.GetHealthResponse:
         self._begin("GetHealth", request, context)

@@ -85,6 +85,14 @@ def test_node_top_shows_a_node_that_does_not_answer(inline: Run, fake: FakePrism
     assert [one["score"] for one in data] == [71.5, 71.5]
 
 
+def test_nodes_are_cordoned_drained_and_opened_again(inline: Run, fake: FakePrism) -> None:
+    assert inline("node", "cordon", "agent-1").stdout == b"agent-1\n"
+    assert inline("node", "drain", "agent-1", "--deadline", "10m").stdout == b"agent-1\n"
+    assert fake.requests("DrainNode")[0].deadline.seconds == 600
+    assert inline("node", "uncordon", "agent-1").stdout == b"agent-1\n"
+    assert inline("node", "cordon", "nobody").returncode == 1
+
+
 def test_peer_ls_and_info(inline: Run) -> None:
     lines = inline("peer", "ls").stdout.decode().splitlines()
     assert lines[1].split()[:3] == ["node1", "LEADER", "yes"]

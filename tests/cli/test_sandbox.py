@@ -215,6 +215,14 @@ def test_stop_and_start_wait(inline: Run, fake: FakePrism) -> None:
     assert json.loads(started.stdout)["state"] == "READY"
 
 
+def test_pause_and_resume_wait(inline: Run, fake: FakePrism) -> None:
+    fake.put("web", pb.SANDBOX_STATE_READY)
+    paused = inline("sandbox", "pause", "web", "-o", "json")
+    assert json.loads(paused.stdout)["state"] == "PAUSED"
+    resumed = inline("sandbox", "resume", "web", "-o", "json")
+    assert json.loads(resumed.stdout)["state"] == "READY"
+
+
 def test_rm_reports_each_name(inline: Run, fake: FakePrism) -> None:
     fake.put("a", pb.SANDBOX_STATE_READY)
     fake.put("c", pb.SANDBOX_STATE_LOST)
