@@ -17,7 +17,6 @@ need() { # need PACKAGE TEST…: the package is wanted unless the test succeeds
 # Python inside sandboxes is the system's own; ours may be another.
 need python3 test -x /usr/bin/python3
 need bubblewrap command -v bwrap
-need util-linux command -v setpriv
 need gcc command -v cc
 need libc6-dev test -e /usr/include/stdlib.h
 need libseccomp2 sh -c 'ldconfig -p | grep -q libseccomp.so.2 || ls /usr/lib/*/libseccomp.so.2'

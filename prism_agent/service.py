@@ -35,7 +35,7 @@ def validate_start(start: sandbox_pb2.ExecStart) -> None:
     if start.HasField("terminal"):
         _validate_size(start.terminal, "start.terminal")
     if start.user:
-        raise NotServedError("start.user: only the sandbox's own user is served yet")
+        raise NotServedError("start.user: a user other than the sandbox's own")
     if start.request_id:
         validate_request_id(start.request_id, "start.request_id")
     _validate_argv(list(start.argv))
@@ -285,4 +285,4 @@ class NodeService(node_pb2_grpc.NodeServiceServicer):
 
 
 def _ask_control_plane() -> NotServedError:
-    return NotServedError("an agent knows only itself; ask a control node (8008)")
+    return NotServedError("this call on an agent's port (a control node answers it, on 8008)")

@@ -16,8 +16,6 @@ NAME_LENGTH_MAX: Final = 63
 #: Kept in the replicated state for 24 h each.
 REQUEST_ID_LENGTH_MAX: Final = 128
 LABELS_MAX: Final = 64
-LABEL_KEY_LENGTH_MAX: Final = 317  # prefix 253, slash, name 63, as in Kubernetes
-LABEL_VALUE_LENGTH_MAX: Final = 63
 #: execve takes 128 KiB a string; two such would not be one environment any more.
 ENV_BYTES_MAX: Final = 64 * KIB
 ENV_ENTRIES_MAX: Final = 256
