@@ -75,6 +75,12 @@ class QueueFullError(PrismError):
     reason = "QUEUE_FULL"
 
 
+class TooManyCallsError(PrismError):
+    """This client, or all together, have too much under way; nothing was done."""
+
+    reason = "TOO_MANY_CALLS"
+
+
 class DiskFullError(PrismError):
     """No room for another write; nothing was lost."""
 

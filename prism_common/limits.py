@@ -27,6 +27,14 @@ PAGE_SIZE_DEFAULT: Final = 50
 PAGE_SIZE_MAX: Final = 1000
 BATCH_ITEMS_MAX: Final = 1000
 
+#: Calls of one connection under way: a burst of ten thousand, and it leaves others room in the
+#: create queue of 12,000.
+CALLS_PER_CLIENT_MAX: Final = 10_240
+#: Of all connections; a waiting call takes about 20 KiB.
+CALLS_MAX: Final = 40_960
+CALL_BYTES_PER_CLIENT_MAX: Final = 64 * MIB
+CALL_BYTES_MAX: Final = 256 * MIB
+
 CPU_MILLICORES_DEFAULT: Final = 500
 CPU_MILLICORES_MAX: Final = 256_000
 MEMORY_BYTES_DEFAULT: Final = 256 * MIB

@@ -10,6 +10,7 @@ from typing import Any, Final, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from prism_common import limits
 from prism_common.addresses import Address, check_port_free
+from prism_common.admission import Admission
 from prism_common.errors import DeadlineError, PrismError, StartupError
 from prism_common.status import DETAILS_KEY, code_named, status_of
 
@@ -67,14 +69,15 @@ class CallMetrics:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Turns PrismErrors into statuses with details, and counts every call.
+    """Admits calls, turns PrismErrors into statuses with details, and counts every call.
 
     This is the one place that every call of every service passes: a caller's identity will be
     established here.
     """
 
-    def __init__(self, metrics: CallMetrics) -> None:
+    def __init__(self, metrics: CallMetrics, admission: Admission) -> None:
         self._metrics = metrics
+        self._admission = admission
         #: Wrapped handlers by method; only methods that are served are kept.
         self._handlers: dict[str, Any] = {}
 
@@ -122,13 +125,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             started = time.perf_counter()
             code = grpc.StatusCode.OK
+            # A stream of requests has no size yet; each of its messages is bounded.
+            size = request.ByteSize() if isinstance(request, Message) else 0
+            client, admitted = context.peer(), False
             try:
+                self._admission.enter(client, size)
+                admitted = True
                 return await behaviour(request, context)
             except BaseException as error:
                 code = _code_of_failure(error, context)
                 await _abort(error, context, f"{service}/{method}")
                 raise
             finally:
+                if admitted:
+                    self._admission.leave(client, size)
                 self._count(service, method, code, started)
 
         return call
@@ -141,7 +151,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         ) -> AsyncIterator[Any]:
             started = time.perf_counter()
             code = grpc.StatusCode.OK
+            client, admitted = context.peer(), False
             try:
+                self._admission.enter(client, 0)
+                admitted = True
                 result = behaviour(request, context)
                 if inspect.isawaitable(result):
                     # A handler that writes by itself, such as the health service's Watch.
@@ -156,6 +169,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await _abort(error, context, f"{service}/{method}")
                 raise
             finally:
+                if admitted:
+                    self._admission.leave(client, 0)
                 self._count(service, method, code, started)
 
         return call
@@ -220,6 +235,7 @@ class RpcServer:
         flag: The flag that gave the address, for error messages.
         metrics: Counts the calls.
         message_bytes_max: Of one message, either way.
+        admission: What clients may have under way.
     """
 
     def __init__(
@@ -228,11 +244,12 @@ class RpcServer:
         flag: str,
         metrics: CallMetrics,
         message_bytes_max: int = limits.MESSAGE_BYTES_MAX,
+        admission: Admission | None = None,
     ) -> None:
         self.address = address
         self._flag = flag
         self.server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics)],
+            interceptors=[CallInterceptor(metrics, admission or Admission())],
             options=(
                 *SERVER_OPTIONS,
                 ("grpc.max_receive_message_length", message_bytes_max),

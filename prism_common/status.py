@@ -23,6 +23,7 @@ STATUS_OF: Final[dict[type[errors.PrismError], grpc.StatusCode]] = {
     errors.AmbiguousError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.WrongStateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyCallsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DiskFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotLeaderError: grpc.StatusCode.UNAVAILABLE,
     errors.NoLeaderError: grpc.StatusCode.UNAVAILABLE,

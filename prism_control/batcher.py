@@ -6,15 +6,13 @@ a batch is whatever arrived meanwhile, and nobody sleeps through a fixed window.
 
 import asyncio
 import math
-import random
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from prism_common.errors import DiskFullError, PrismError, QueueFullError, StoppingError
 from prism_control.metrics import BatcherMetrics
+from prism_control.request_queue import BatchingSettings, Item, RequestQueue
 from prism_control.state import commands
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
@@ -29,6 +27,10 @@ _OTHER_QUEUE_SIZE: Final = 20_000
 #: Under load a request waits this long for others to share its entry: each entry costs the leader,
 #: its followers and the disk as much as some tens of requests do. A lone request never waits.
 _LINGER_CREATE_S: Final = 0.005
+#: … and this long when there are more than so many a second: it is a smaller part of what they
+#: wait anyway than the turns that it saves.
+_LINGER_BURST_S: Final = 0.01
+_BURST_RATE: Final = 1000.0
 #: Placements and reports: each is the work of a whole pass, and one commit serves them all.
 _LINGER_OTHER_S: Final = 0.01
 #: How often it is looked whether they are due.
@@ -37,42 +39,12 @@ _TICK_S: Final = 0.0025
 _BUSY_RATE: Final = 400.0
 #: … averaged over this time.
 _BUSY_WINDOW_S: Final = 0.1
-#: Before anything was measured.
-_RETRY_DEFAULT_S: Final = 0.25
-_RETRY_MIN_S: Final = 0.05
-_RETRY_MAX_S: Final = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class BatchingSettings:
-    """The flags of batching; the defaults took a burst of 10,000 sandboxes.
-
-    Attributes:
-        enabled: False: every request is an entry of its own.
-        create_queue_size: Creates that may wait.
-        delete_queue_size: Deletes that may wait.
-        threshold: Batch when more than so many wait.
-        interval_ms: Batch when requests come less than this apart.
-    """
-
-    enabled: bool = True
-    create_queue_size: int = 12_000
-    delete_queue_size: int = 22_000
-    threshold: int = 50
-    interval_ms: int = 250
-
-
-@dataclass(slots=True)
-class _Item:
-    command: Command
-    size: int
-    future: asyncio.Future[Result]
 
 
 class EntryBatch:
     """One entry to be proposed, and the callers that wait for its items."""
 
-    def __init__(self, items: Sequence[_Item], at_ms: int, done: Callable[[int], None]) -> None:
+    def __init__(self, items: Sequence[Item], at_ms: int, done: Callable[[int], None]) -> None:
         self._items = items
         self._done = done
         self.data = commands.encode(
@@ -83,15 +55,13 @@ class EntryBatch:
         """Give each caller the result of its own item."""
         results: Sequence[Result] = result  # type: ignore[assignment]
         for item, answer in zip(self._items, results, strict=True):
-            if not item.future.done():
-                item.future.set_result(answer)
+            item.resolve(answer)
         self._done(len(self._items))
 
     def fail(self, error: Exception) -> None:
         """Tell every caller."""
         for item in self._items:
-            if not item.future.done():
-                item.future.set_exception(error)
+            item.fail(error)
 
 
 def _outcome(future: asyncio.Future[Result] | PrismError) -> Result | PrismError:
@@ -106,62 +76,6 @@ def _outcome(future: asyncio.Future[Result] | PrismError) -> Result | PrismError
     return error
 
 
-class _Queue:
-    """One bounded queue, and whether it batches."""
-
-    def __init__(self, op: str, capacity: int, settings: BatchingSettings) -> None:
-        self.op = op
-        self.capacity = capacity
-        self.items: deque[_Item] = deque()
-        self._settings = settings
-        self._last_arrival = float("-inf")
-        self._interval_s = float("inf")
-        #: Requests a second that left, smoothed; 0: not measured.
-        self.drain_rate = 0.0
-        self._drained_at = 0.0
-        #: When the oldest that waits came.
-        self.first_arrival = 0.0
-
-    def put(self, item: _Item, now: float) -> None:
-        """Add a request.
-
-        Raises:
-            QueueFullError: With when to retry, from the measured drain rate, plus jitter.
-        """
-        if len(self.items) >= self.capacity:
-            raise QueueFullError(
-                f"the {self.op} queue is full: {self.capacity} requests wait",
-                retry_after_s=self._retry_after_s(),
-            )
-        self._interval_s = now - self._last_arrival
-        self._last_arrival = now
-        if not self.items:
-            self.first_arrival = now
-        self.items.append(item)
-
-    def batching(self, now: float) -> bool:
-        """Whether requests are batched at present; it switches back by itself."""
-        if not self._settings.enabled:
-            return False
-        if len(self.items) > self._settings.threshold:
-            return True
-        interval_s = max(self._interval_s, now - self._last_arrival)
-        return interval_s * 1000 < self._settings.interval_ms
-
-    def drained(self, count: int, now: float) -> None:
-        """Take note that so many requests have been answered."""
-        elapsed_s = now - self._drained_at
-        self._drained_at = now
-        if 0 < elapsed_s < 1:
-            self.drain_rate += 0.2 * (count / elapsed_s - self.drain_rate)
-
-    def _retry_after_s(self) -> float:
-        # A tenth of the queue must have left before one more request is worth the trip.
-        wait_s = self.capacity / 10 / self.drain_rate if self.drain_rate else _RETRY_DEFAULT_S
-        wait_s = min(max(wait_s, _RETRY_MIN_S), _RETRY_MAX_S)
-        return wait_s * random.uniform(1.0, 1.5)  # noqa: S311
-
-
 class _Load:
     """How many requests users make a second, as an average that fades."""
 
@@ -174,9 +88,9 @@ class _Load:
         self._level = self._faded(now) + count
         self._at = now
 
-    def busy(self, now: float) -> bool:
-        """Whether waiting for company is likely to be worth it."""
-        return self._faded(now) > _BUSY_RATE * _BUSY_WINDOW_S
+    def rate(self, now: float) -> float:
+        """Return requests a second."""
+        return self._faded(now) / _BUSY_WINDOW_S
 
     def _faded(self, now: float) -> float:
         return self._level * math.exp((self._at - now) / _BUSY_WINDOW_S)
@@ -202,9 +116,9 @@ class Batcher:
         self._metrics = metrics
         self._wake = wake
         self._has_room = has_room
-        self._creates = _Queue("create", settings.create_queue_size, settings)
-        self._deletes = _Queue("delete", settings.delete_queue_size, settings)
-        self._others = _Queue("other", _OTHER_QUEUE_SIZE, settings)
+        self._creates = RequestQueue("create", settings.create_queue_size, settings)
+        self._deletes = RequestQueue("delete", settings.delete_queue_size, settings)
+        self._others = RequestQueue("other", _OTHER_QUEUE_SIZE, settings)
         self._queues = (self._others, self._creates, self._deletes)
         self._closed: PrismError | None = None
         self._last_ms = 0
@@ -263,24 +177,26 @@ class Batcher:
     def _put(self, command: Command, size: int) -> asyncio.Future[Result]:
         queue = self._queue_of(command)
         now = time.monotonic()
-        item = _Item(command, size, asyncio.get_running_loop().create_future())
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         if queue is not self._others:
             self._load.add(1, now)
         try:
-            queue.put(item, now)
+            queue.put(command, size, future, now)
         except QueueFullError:
             self._metrics.rejected.labels(queue.op).inc()
             raise
         self._wake_for(queue, now)
-        return item.future
+        return future
 
     def take(self) -> Sequence[EntryBatch]:
         """Return the entries of this turn. A delete never overtakes a create that came before."""
         now = time.monotonic()
         batches: list[EntryBatch] = []
+        # What waits for company rides along with what goes: a turn costs more than an entry.
+        # So creates go no later than the deletes that came after them.
+        if not any(queue.items and self._goes(queue, now) for queue in self._queues):
+            return batches
         for queue in self._queues:
-            if not self._goes(queue, now):
-                continue
             batching = queue.batching(now)
             while queue.items and len(batches) < _ENTRIES_A_TURN_MAX:
                 items = self._take_items(queue, _BATCH_ITEMS_MAX if batching else 1)
@@ -293,26 +209,22 @@ class Batcher:
                 self._wake_for(queue, now)
         return batches
 
-    def _goes(self, queue: _Queue, now: float) -> bool:
+    def _goes(self, queue: RequestQueue, now: float) -> bool:
         """Whether a queue's requests leave in this turn."""
         return not queue.batching(now) or self._due(queue, now)
 
-    def _due(self, queue: _Queue, now: float) -> bool:
-        """Whether a queue's requests have waited for company as long as they should.
-
-        Creates go no later than the deletes that came after them.
-        """
-        deletes = self._deletes
-        if queue is self._creates and deletes.items and self._goes(deletes, now):
+    def _due(self, queue: RequestQueue, now: float) -> bool:
+        """Whether a queue's requests have waited for company as long as they should."""
+        rate = self._load.rate(now)
+        if rate <= _BUSY_RATE or len(queue.items) >= _BATCH_ITEMS_MAX:
             return True
-        linger_s = _LINGER_OTHER_S if queue is self._others else _LINGER_CREATE_S
-        return (
-            now >= queue.first_arrival + linger_s
-            or len(queue.items) >= _BATCH_ITEMS_MAX
-            or not self._load.busy(now)
-        )
+        if queue is self._others:
+            linger_s = _LINGER_OTHER_S
+        else:
+            linger_s = _LINGER_BURST_S if rate > _BURST_RATE else _LINGER_CREATE_S
+        return now >= queue.first_arrival + linger_s
 
-    def _wake_for(self, queue: _Queue, now: float) -> None:
+    def _wake_for(self, queue: RequestQueue, now: float) -> None:
         """Have the driver take a queue's requests now, or once they are due."""
         if self._goes(queue, now):
             self._wake()
@@ -332,9 +244,7 @@ class Batcher:
         """Fail what waits: it was not proposed, and is safe to retry."""
         for queue in self._queues:
             while queue.items:
-                item = queue.items.popleft()
-                if not item.future.done():
-                    item.future.set_exception(error)
+                queue.pop().fail(error)
 
     def close(self) -> None:
         """Refuse from now on, and fail what waits."""
@@ -348,7 +258,7 @@ class Batcher:
         now = time.monotonic()
         return {q.op: (len(q.items), q.capacity, q.batching(now)) for q in self._queues}
 
-    def _queue_of(self, command: Command) -> _Queue:
+    def _queue_of(self, command: Command) -> RequestQueue:
         match command:
             case CreateSandbox():
                 return self._creates
@@ -357,18 +267,18 @@ class Batcher:
             case _:
                 return self._others
 
-    def _take_items(self, queue: _Queue, count_max: int) -> list[_Item]:
-        items: list[_Item] = []
+    def _take_items(self, queue: RequestQueue, count_max: int) -> list[Item]:
+        items: list[Item] = []
         size = 0
         while queue.items and len(items) < count_max and size < _BATCH_BYTES_MAX:
-            item = queue.items.popleft()
+            item = queue.pop()
             # A caller that has gone gets no sandbox that nobody would know of.
-            if not item.future.done():
+            if item.wanted:
                 items.append(item)
                 size += item.size
         return items
 
-    def _drain_counter(self, queue: _Queue) -> Callable[[int], None]:
+    def _drain_counter(self, queue: RequestQueue) -> Callable[[int], None]:
         return lambda count: queue.drained(count, time.monotonic())
 
     def _now_ms(self) -> int:

@@ -13,7 +13,6 @@ from prism_common import log, settings
 from prism_common.addresses import parse_address
 from prism_common.errors import StartupError
 from prism_common.names import validate_name
-from prism_control.batcher import BatchingSettings
 from prism_control.node import restore as restoring
 from prism_control.node.compaction import SNAPSHOT_ENTRIES, TRAILING_ENTRIES, SnapshotPolicy
 from prism_control.node.server import ControlNode
@@ -27,6 +26,7 @@ from prism_control.node.settings import (
     check_range,
     make_settings,
 )
+from prism_control.request_queue import BatchingSettings
 
 logger = logging.getLogger(__name__)
 

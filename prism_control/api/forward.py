@@ -37,7 +37,7 @@ _PAUSE_S: Final = 0.05
 #: Nothing was done, or it may be sent again because its request id makes it happen once.
 SAFE_TO_RESEND: Final = frozenset({"NOT_LEADER", "NO_LEADER", "OUTCOME_UNKNOWN", "STOPPING"})
 #: Refused before it was proposed, which says nothing of an attempt before.
-_NOT_PROPOSED: Final = frozenset({"QUEUE_FULL", "DISK_FULL"})
+_NOT_PROPOSED: Final = frozenset({"QUEUE_FULL", "DISK_FULL", "TOO_MANY_CALLS"})
 #: Statuses without ErrorInfo: the connection failed, or the leader's server ended the call.
 _CONNECTION_LOST: Final = frozenset({"UNAVAILABLE", "CANCELLED"})
 #: Answered before the call's own deadline, so that the caller gets a reason; after what waits for

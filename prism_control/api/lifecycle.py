@@ -1,7 +1,8 @@
 """What the calls that change sandboxes share: requests to commands, results to rows, waiting."""
 
 import asyncio
-from typing import Final
+from collections.abc import Callable
+from typing import Final, cast
 
 from prism.sandbox.v1 import sandbox_pb2
 
@@ -94,13 +95,13 @@ class Waits:
             NotFoundError, WrongStateError: It never will be by itself.
             DeadlineError: There is no time left; the sandbox goes on as it was told.
         """
-        while True:
-            row = self._api.machine().sandbox(sandbox_id)
+
+        def is_ready(row: SandboxRow | None) -> bool:
             if row is None or row.state in _NEVER_READY:
                 raise _not_ready(sandbox_id, row)
-            if row.state in (SandboxState.READY, SandboxState.PAUSED):
-                return row
-            await self._change(ends, row)
+            return row.state in (SandboxState.READY, SandboxState.PAUSED)
+
+        return cast("SandboxRow", await self._until(sandbox_id, is_ready, ends))
 
     async def deleted(self, row: SandboxRow, ends: float) -> SandboxRow:
         """Return a sandbox once no node has anything of it.
@@ -108,28 +109,36 @@ class Waits:
         Raises:
             DeadlineError: There is no time left; its removal goes on.
         """
-        while True:
-            latest = self._api.machine().sandbox(row.id)
-            if latest is None or not is_placed(latest):
-                return latest or row
-            await self._change(ends, latest)
 
-    async def _change(self, ends: float, row: SandboxRow) -> None:
-        until = ends - DEADLINE_MARGIN_S
-        if asyncio.get_running_loop().time() < until:
-            try:
-                async with asyncio.timeout_at(until):
-                    await self._api.sandbox_changed.wait(row.id)
-            except TimeoutError:
-                pass
-            else:
-                return
-        why = "; ".join(f"{r.node_name}: {r.reason}" for r in row.placement)
-        raise DeadlineError(
-            f"sandbox {row.name} is {row.state.name} at the call's deadline, and goes on"
-            + (f": {why}" if why else ""),
-            metadata={"sandbox": row.id},
-        )
+        def is_gone(latest: SandboxRow | None) -> bool:
+            return latest is None or not is_placed(latest)
+
+        return await self._until(row.id, is_gone, ends) or row
+
+    async def _until(
+        self, sandbox_id: str, done: Callable[[SandboxRow | None], bool], ends: float
+    ) -> SandboxRow | None:
+        """Return a sandbox once it is as wanted; under one timer, since thousands wait at once."""
+        row = self._api.machine().sandbox(sandbox_id)
+        try:
+            async with asyncio.timeout_at(ends - DEADLINE_MARGIN_S):
+                while not done(row):
+                    await self._api.sandbox_changed.wait(sandbox_id)
+                    row = self._api.machine().sandbox(sandbox_id)
+        except TimeoutError:
+            raise _too_late(sandbox_id, row) from None
+        return row
+
+
+def _too_late(sandbox_id: str, row: SandboxRow | None) -> DeadlineError:
+    if row is None:
+        return DeadlineError(f"sandbox {sandbox_id}: the call's deadline has passed")
+    why = "; ".join(f"{r.node_name}: {r.reason}" for r in row.placement)
+    return DeadlineError(
+        f"sandbox {row.name} is {row.state.name} at the call's deadline, and goes on"
+        + (f": {why}" if why else ""),
+        metadata={"sandbox": row.id},
+    )
 
 
 def _not_ready(sandbox_id: str, row: SandboxRow | None) -> WrongStateError | NotFoundError:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from prism_common import channels
 from prism_common.addresses import Address
+from prism_common.admission import Admission
 from prism_common.errors import NoLeaderError, StartupError, WrongStateError
 from prism_common.server import CallMetrics, RpcServer
 from prism_common.status import RemoteError, from_rpc_error, to_status
@@ -196,3 +197,30 @@ async def test_the_pool_opens_one_channel_an_address() -> None:
     assert pool.get("127.0.0.1:1") is pool.get("127.0.0.1:1")
     assert pool.get("127.0.0.1:1") is not pool.get("127.0.0.1:2")
     await pool.close()
+
+
+async def test_a_client_with_too_much_under_way_is_refused_in_words() -> None:
+    registry = CollectorRegistry()
+    servicer = Servicer()  # type: ignore[abstract]  # the others answer UNIMPLEMENTED
+    server = RpcServer(
+        Address("127.0.0.1", 0),
+        "--api",
+        CallMetrics(registry),
+        admission=Admission(calls_per_client_max=0),
+    )
+    server.add(cluster_pb2_grpc.add_ClusterServiceServicer_to_server, servicer)
+    server.bind()
+    await server.start([SERVICE])
+    async with channels.open_channel(str(server.address)) as channel:
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=5)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        remote = from_rpc_error(caught.value)
+        assert remote.code == "TOO_MANY_CALLS"
+        assert remote.retry_after_s
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stub.Backup(cluster_pb2.BackupRequest(), timeout=5):
+                pass
+        assert from_rpc_error(caught.value).code == "TOO_MANY_CALLS"
+    await server.stop(0)

@@ -15,8 +15,9 @@ from prism_common.errors import (
     StoppingError,
 )
 from prism_control import batcher as batcher_module
-from prism_control.batcher import Batcher, BatchingSettings, EntryBatch
+from prism_control.batcher import Batcher, EntryBatch
 from prism_control.metrics import BatcherMetrics
+from prism_control.request_queue import BatchingSettings
 from prism_control.state import commands
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox, StopSandbox
 from prism_control.state.machine import Machine
@@ -216,7 +217,7 @@ async def test_a_full_queue_says_when_to_come_again(clock: Clock) -> None:
 async def test_the_retry_hint_follows_the_measured_rate(clock: Clock) -> None:
     bench = Bench(BatchingSettings(create_queue_size=1000))
     hints = []
-    for gap_s in (0.5, 0.005):
+    for gap_s in (0.5, 0.012):
         for turn in range(30):
             tasks = [bench.submit(create(f"s{gap_s}-{turn}-{n}")) for n in range(20)]
             await settle()
@@ -344,3 +345,57 @@ async def test_what_lingers_is_taken_without_another_request() -> None:
             while bench.wakes == seen and not all(task.done() for task in tasks):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     assert bench.machine.sandbox_count == 200
+
+
+async def test_a_request_sent_again_while_it_waits_is_proposed_once(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=0, create_queue_size=1))
+    tasks = [bench.submit(create("a", "r1")) for _ in range(3)]
+    await settle()
+    assert bench.batcher.queues()["create"][0] == 1
+    batches = bench.batcher.take()
+    assert names(batches) == [["a"]]
+    bench.commit(batches)
+    answers = await asyncio.gather(*tasks)
+    assert len({answer.sandbox.id for answer in answers if isinstance(answer, Ok)}) == 1
+    assert all(isinstance(answer, Ok) for answer in answers)
+
+
+async def test_a_request_whose_first_caller_has_gone_is_still_proposed(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    first, second = (bench.submit(create("a", "r1")) for _ in range(2))
+    await settle()
+    first.cancel()
+    await settle()
+    bench.commit(bench.batcher.take())
+    assert isinstance(await second, Ok)
+
+
+async def test_a_used_request_id_with_other_contents_is_refused_by_the_machine(
+    clock: Clock,
+) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    tasks = [
+        bench.submit(CreateSandbox("r1", digest, f"sb-{name}", name, spec()))
+        for digest, name in ((b"f", "a"), (b"g", "b"))
+    ]
+    await settle()
+    clock.now += 0.02
+    bench.commit(bench.batcher.take())
+    first, second = await asyncio.gather(*tasks)
+    assert isinstance(first, Ok)
+    assert isinstance(second, Refused)
+
+
+async def test_what_waits_for_company_rides_along_with_what_is_due(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    creates = [bench.submit(create(f"s{n}")) for n in range(200)]
+    await settle()
+    clock.now += 0.006
+    stop = bench.submit(StopSandbox("", b"f", "s1", 0))
+    await settle()
+    assert bench.batcher.take() == []
+    clock.now += 0.005
+    batches = bench.batcher.take()
+    assert sorted(len(batch) for batch in names(batches)) == [1, 200]
+    bench.commit(batches)
+    await asyncio.gather(stop, *creates)

@@ -15,7 +15,7 @@ from prism_common.errors import (
     PrismError,
     StoppingError,
 )
-from prism_control.batcher import Batcher, BatchingSettings
+from prism_control.batcher import Batcher
 from prism_control.metrics import BatcherMetrics, RaftMetrics
 from prism_control.node.compaction import SnapshotPolicy
 from prism_control.node.driver import Driver
@@ -36,6 +36,7 @@ from prism_control.raft.types import (
     VoteReply,
     VoteRequest,
 )
+from prism_control.request_queue import BatchingSettings
 from prism_control.state import commands
 from prism_control.state.results import Ok, Result
 from prism_control.storage.errors import DiskFullError, StorageError

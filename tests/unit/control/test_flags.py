@@ -7,9 +7,9 @@ import pytest
 from prism_common import settings
 from prism_common.addresses import Address
 from prism_control import main
-from prism_control.batcher import BatchingSettings
 from prism_control.node.compaction import SnapshotPolicy
 from prism_control.node.settings import NodeSettings, make_settings
+from prism_control.request_queue import BatchingSettings
 
 
 @pytest.mark.parametrize(

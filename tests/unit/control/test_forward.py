@@ -157,7 +157,7 @@ async def test_others_forward_with_the_deadline_and_a_mark(bench: Bench) -> None
     ((request_id, marked, left_s),) = leader.asked
     assert (request_id, marked) == ("r1", True)
     assert left_s is not None
-    assert 2.0 < left_s <= 3.0
+    assert 2.0 < left_s <= 3.05  # deadlines travel rounded
 
 
 async def test_a_call_without_a_deadline_gets_one(bench: Bench) -> None:

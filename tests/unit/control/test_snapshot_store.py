@@ -146,6 +146,7 @@ def test_a_data_directory_that_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 def test_room_is_what_is_above_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prism_control.storage.directory._LOOK_INTERVAL_S", 0)
     directory = DataDirectory(tmp_path / "d")
     assert directory.has_room()
     monkeypatch.setattr("prism_control.storage.directory.RESERVE_BYTES", 2**60)
