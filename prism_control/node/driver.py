@@ -133,6 +133,7 @@ class Driver:
         self._wake = asyncio.Event()
         self._inbox: list[Message] = []
         self._unreachable: set[MemberId] = set()
+        self._disconnected: set[MemberId] = set()
         self._snapshot_reports: list[tuple[MemberId, bool]] = []
         #: Index → who waits for it; filled only while this member leads.
         self._pending: dict[int, _Pending] = {}
@@ -202,6 +203,11 @@ class Driver:
     def report_unreachable(self, member: MemberId) -> None:
         """Messages to `member` were lost."""
         self._unreachable.add(member)
+
+    def report_disconnected(self, member: MemberId) -> None:
+        """A connection to `member` that stood has ended."""
+        self._disconnected.add(member)
+        self._wake.set()
 
     def report_snapshot(self, member: MemberId, ok: bool) -> None:
         """A snapshot that the core wanted sent has been sent or not."""
@@ -318,6 +324,9 @@ class Driver:
         unreachable, self._unreachable = self._unreachable, set()
         for member in sorted(unreachable):
             self._core.report_unreachable(member)
+        disconnected, self._disconnected = self._disconnected, set()
+        for member in sorted(disconnected):
+            self._core.report_disconnected(member)
         reports, self._snapshot_reports = self._snapshot_reports, []
         for member, ok in reports:
             self._core.report_snapshot(member, ok)

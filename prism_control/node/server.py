@@ -258,7 +258,10 @@ class ControlNode:
             self._settings.snapshots,
         )  # fmt: skip
         driver.changed = self.changed
-        transport = Transport(identity.cluster_id, self._me, driver.report_unreachable, send)
+        transport = Transport(
+            identity.cluster_id, self._me, driver.report_unreachable, driver.report_disconnected,
+            send,
+        )  # fmt: skip
         driver.on_configuration = transport.update
         self._membership = Membership(driver, self._peers)
         self._status = NodeStatus(

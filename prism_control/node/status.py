@@ -137,14 +137,23 @@ class NodeStatus:
         return warnings
 
     def _no_leader(self) -> str:
-        unreachable = self._unreachable()
-        voters = len(self._driver.configuration.voters)
+        configuration = self._driver.configuration
+        unreachable = [m for m in self._unreachable() if configuration.is_voter(m.id)]
+        voters = len({*configuration.voters, *configuration.voters_outgoing})
+        if not voters:
+            return "this member waits for the leader of its cluster to send it the state"
         if voters - len(unreachable) > voters // 2:
             return "no leader yet: an election is under way; writes wait for it"
         names = ", ".join(member.name for member in unreachable)
+        # The majority ended when the last of those went that it needed.
+        heard = sorted((self._heard(member.id) for member in unreachable), reverse=True)
+        reachable = voters - len(unreachable)
+        silent_s = time.monotonic() - heard[voters // 2 - reachable]
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time.time() - silent_s))
         return (
-            f"{len(unreachable)} of {voters} voters unreachable ({names}): without a majority "
-            "writes and consistent reads are refused; running sandboxes go on; start them again"
+            f"{len(unreachable)} of {voters} voters unreachable since {since}, {silent_s:.0f} s "
+            f"({names}): without a majority writes and consistent reads are refused; running "
+            "sandboxes go on; start them again, or if they are lost for ever see `prismd recover`"
         )
 
     def _unreachable(self) -> list[Member]:
@@ -158,8 +167,10 @@ class NodeStatus:
         # Followers have nothing to say to each other: that the stream stands must do.
         if not self._driver.leads and self._transport.is_connected(member_id):
             return True
-        heard = self._transport.last_contact.get(member_id, self._started)
-        return time.monotonic() - heard < UNREACHABLE_S
+        return time.monotonic() - self._heard(member_id) < UNREACHABLE_S
+
+    def _heard(self, member_id: MemberId) -> float:
+        return self._transport.last_contact.get(member_id, self._started)
 
     # ── Protos ───────────────────────────────────────────────────────────────────────────────
 

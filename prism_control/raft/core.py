@@ -190,6 +190,18 @@ class Core(LeaderState):
         if self.replication is not None:
             self.replication.report_unreachable(member)
 
+    def report_disconnected(self, member: MemberId) -> None:
+        """Take note that a connection to `member` has ended, as all do when its process ends.
+
+        A hint, which may be wrong. A follower whose leader it is asks for pre-votes soon instead
+        of after an election timeout, and no longer keeps others from it (docs/adr/0015). Who
+        still hears the leader refuses them, so a broken connection deposes nobody.
+        """
+        if self.role is Role.FOLLOWER and member == self.leader and self._may_campaign:
+            others = [id_ for id_ in self.configuration.ids() if id_ != member]
+            voters = [id_ for id_ in others if self.configuration.is_voter(id_)]
+            self._election.hurry(sum(id_ < self.config.id for id_ in voters))
+
     def report_snapshot(self, member: MemberId, ok: bool) -> None:
         """Take note how a `SnapshotRequest` has ended. Every one must be reported."""
         if self.replication is not None:

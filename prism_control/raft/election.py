@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Election:
     """The election timer and the votes of the current campaign."""
 
-    __slots__ = ("_random", "_ticks", "_timeout", "_votes", "elapsed")
+    __slots__ = ("_random", "_ticks", "_timeout", "_votes", "elapsed", "is_hurried")
 
     def __init__(self, random: RandomSource, election_ticks: int) -> None:
         self._random = random
@@ -24,6 +24,8 @@ class Election:
         self.elapsed = 0
         #: Drawn anew at each reset from [e, 2e), so that members seldom campaign together.
         self._timeout = 0
+        #: Whether the leader's connection has ended since it was last heard: it may be dead.
+        self.is_hurried = False
         #: Answers to the current campaign by voter; empty outside one. The first answer counts.
         self._votes: dict[MemberId, bool] = {}
         self.reset()
@@ -31,8 +33,26 @@ class Election:
     def reset(self) -> None:
         """Begin to wait anew, outside any campaign."""
         self.elapsed = 0
+        self.is_hurried = False
         self._timeout = self._random.randrange(self._ticks, 2 * self._ticks)
         self._votes = {}
+
+    def heard(self) -> None:
+        """Take note of a sign of life of the leader."""
+        if self.is_hurried:
+            self.reset()
+        self.elapsed = 0
+
+    def hurry(self, rank: int) -> None:
+        """Wait for little more: the leader's connection has ended, as it does when it dies.
+
+        Args:
+            rank: Place among those who may campaign; each waits a little longer than the one
+                before, so that their votes are not split.
+        """
+        ticks = 1 + 2 * rank + self._random.randrange(0, 2)
+        self._timeout = min(self._timeout, self.elapsed + ticks)
+        self.is_hurried = True
 
     @property
     def is_due(self) -> bool:

@@ -169,7 +169,8 @@ class MemberState:
     # ------------------------------------------------------------------ roles and terms
 
     def _hears_leader(self) -> bool:
-        return self.leader != NOBODY and not self._election.is_past_minimum
+        election = self._election
+        return self.leader != NOBODY and not (election.is_past_minimum or election.is_hurried)
 
     def _raise_term(self, term: int) -> None:
         self.term = term
@@ -197,7 +198,7 @@ class MemberState:
                 f"members {self.leader} and {leader} both lead in term {self.term}"
             )
         if self.leader == leader:
-            self._election.elapsed = 0
+            self._election.heard()
         else:
             self._become_follower(self.term, leader)
 

@@ -65,14 +65,20 @@ class PeerLink:
         hello: Who dials whom.
         address: host:port of the peer's Raft.
         unreachable: Called when messages to the peer were lost.
+        disconnected: Called when a stream that stood has ended.
     """
 
     def __init__(
-        self, hello: raft_pb2.Hello, address: str, unreachable: Callable[[MemberId], None]
+        self,
+        hello: raft_pb2.Hello,
+        address: str,
+        unreachable: Callable[[MemberId], None],
+        disconnected: Callable[[MemberId], None],
     ) -> None:
         self._hello = hello
         self.address = address
         self._unreachable = unreachable
+        self._disconnected = disconnected
         self._queue: deque[Message] = deque()
         self._heartbeat: Heartbeat | None = None
         self._wake = Signal()
@@ -102,7 +108,10 @@ class PeerLink:
                 except grpc.aio.AioRpcError as error:
                     self._note_failure(error)
                 finally:
+                    stood = self.connected
                     self._drop()
+                if stood:
+                    self._disconnected(self._hello.receiver)
                 await asyncio.sleep(backoff_s * random.uniform(0.8, 1.2))  # noqa: S311
                 backoff_s = min(backoff_s * 2, 1.0)
 
@@ -179,6 +188,7 @@ class Transport:
         cluster_id: Named in every hello.
         me: This member, as others may dial it.
         unreachable: Told of peers to whom messages were lost.
+        disconnected: Told of peers whose stream stood and has ended.
         send_snapshot: Told of snapshots that the core wants sent, and where to; empty: unknown.
     """
 
@@ -187,11 +197,13 @@ class Transport:
         cluster_id: str,
         me: Member,
         unreachable: Callable[[MemberId], None],
+        disconnected: Callable[[MemberId], None],
         send_snapshot: Callable[[SnapshotRequest, str], None],
     ) -> None:
         self._cluster_id = cluster_id
         self._me = me
         self._unreachable = unreachable
+        self._disconnected = disconnected
         self._send_snapshot = send_snapshot
         self._links: dict[MemberId, tuple[PeerLink, asyncio.Task[None]]] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -246,7 +258,9 @@ class Transport:
                 del self._links[member_id]
         for member_id, member in wanted.items():
             if member_id not in self._links:
-                link = PeerLink(self.hello(member_id), member.raft_address, self._unreachable)
+                link = PeerLink(
+                    self.hello(member_id), member.raft_address, self._unreachable, self._lost
+                )
                 self._links[member_id] = (link, self._tasks.create_task(link.run()))
 
     def hello(self, receiver: MemberId) -> raft_pb2.Hello:
@@ -277,6 +291,11 @@ class Transport:
     def heard(self, peer: MemberId) -> None:
         """Note that a peer was heard just now."""
         self.last_contact[peer] = time.monotonic()
+
+    def _lost(self, peer: MemberId) -> None:
+        # Until then it was there, though followers have nothing to say to each other.
+        self.heard(peer)
+        self._disconnected(peer)
 
     def refusals(self) -> dict[str, str]:
         """Return peers that refuse this member, by address, with their reason."""

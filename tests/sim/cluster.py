@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 from prism_control.raft.config import CoreConfig
@@ -293,6 +294,7 @@ class Cluster:
         self.crashes += 1
         self.trace("crash", node.id, node.crash())
         self.invariants.disk_changed()
+        self._disconnect(node.id)
         if down_us is None:
             return
         life = node.life
@@ -303,6 +305,13 @@ class Cluster:
                 node.start()
 
         self.after(self._random.randrange(1_000, down_us), restart)
+
+    def _disconnect(self, crashed: MemberId) -> None:
+        """Let some of the others notice that the connections of a crashed member have ended."""
+        for other in self.nodes.values():
+            if other.id != crashed and self._random.random() < 0.7:
+                notice = partial(other.receive, partial(_report_disconnected, crashed))
+                self.after(self._random.randrange(100, 5_000), notice)
 
     def crash_shortly(self, node: Node) -> None:
         """Stop a member and start it at once."""
@@ -328,3 +337,7 @@ class Cluster:
             if core.config.id in ids
             for configuration in core._configurations.since(core.commit)
         )
+
+
+def _report_disconnected(member: MemberId, core: Core) -> None:
+    core.report_disconnected(member)

@@ -151,6 +151,13 @@ class Faults:
         for other in self._cluster.nodes:
             node.receive(partial(_report_unreachable, other))
 
+    def report_disconnected(self, node: Node) -> None:
+        """Break connections of a member, or of all, while their ends go on."""
+        everybody = list(self._cluster.nodes.values())
+        for each in everybody if self._random.random() < 0.5 else [node]:
+            for other in self._cluster.nodes:
+                each.receive(partial(_report_disconnected, other))
+
     # ---------------------------------------------------------------- leaders
 
     def isolate_leader(self, node: Node) -> None:
@@ -215,3 +222,7 @@ class Faults:
 
 def _report_unreachable(member: int, core: Core) -> None:
     core.report_unreachable(member)
+
+
+def _report_disconnected(member: int, core: Core) -> None:
+    core.report_disconnected(member)

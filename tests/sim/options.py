@@ -27,6 +27,7 @@ FAULT_NAMES = (
     "bad_network",
     "replay",
     "report_unreachable",
+    "report_disconnected",
     "short_reigns",
     "strike_changes",
 )

@@ -70,6 +70,7 @@ def test_writes_are_refused_while_the_disk_is_full_and_go_on_afterwards(
         kept = [node.create(f"s{number}").id for number in range(5)]
         # Below the reserve: refused before it is proposed.
         ballast = _fill(small_disk, 8 * 2**20)
+        node.wait_readyz(503, "the disk is full: writes are refused")
         with pytest.raises(grpc.RpcError) as caught:
             node.create("refused")
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -80,9 +80,14 @@ class Bench:
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.lost: list[int] = []
+        self.disconnected: list[int] = []
         self.snapshots: list[tuple[SnapshotRequest, str]] = []
         self.transport = Transport(
-            "cl", ME, self.lost.append, lambda *request: self.snapshots.append(request)
+            "cl",
+            ME,
+            self.lost.append,
+            self.disconnected.append,
+            lambda *request: self.snapshots.append(request),
         )
 
     @property
@@ -105,6 +110,17 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await peer.stop()
+
+
+async def test_a_stream_that_ends_is_told_once(bench: Bench) -> None:
+    await bench.connected()
+    assert bench.disconnected == []
+    await bench.peer.stop()
+    await until(lambda: bench.disconnected == [2])
+    # Attempts to connect that fail are nothing that has ended.
+    lost = len(bench.lost)
+    await until(lambda: len(bench.lost) >= lost + 2)
+    assert bench.disconnected == [2]
 
 
 async def test_messages_arrive_in_order(bench: Bench) -> None:
@@ -195,7 +211,7 @@ async def test_a_snapshot_without_an_address_is_handed_on_to_be_reported(bench: 
 
 
 def link(lost: list[int]) -> PeerLink:
-    made = PeerLink(raft_pb2.Hello(sender=1, receiver=2), "127.0.0.1:1", lost.append)
+    made = PeerLink(raft_pb2.Hello(sender=1, receiver=2), "127.0.0.1:1", lost.append, lost.append)
     made.connected = True
     return made
 

@@ -353,3 +353,77 @@ def test_joint_configuration_elects_by_both_majorities() -> None:
     assert role_of(core) is Role.PRE_CANDIDATE
     core.step(VoteReply(4, 1, 1, pre_vote=True, granted=True))
     assert role_of(core) is Role.CANDIDATE
+
+
+def test_followers_that_lost_the_connection_of_their_leader_elect_another_soon() -> None:
+    group = Group.bootstrapped(FIVE)
+    group.elect(1)
+    group.tick(2)
+    term = group.cores[1].term
+    group.cut = {1}
+    for member in (2, 3, 4, 5):
+        group.cores[member].report_disconnected(1)
+    group.tick(2)
+    assert group.cores[2].role is Role.LEADER
+    assert group.cores[2].term == term + 1
+    assert [group.cores[m].leader for m in (3, 4, 5)] == [2, 2, 2]
+
+
+def test_the_next_in_rank_campaigns_when_the_first_is_dead_too() -> None:
+    group = Group.bootstrapped(FIVE)
+    group.elect(1)
+    group.tick(2)
+    group.cut = {1, 2}
+    for member in (3, 4, 5):
+        group.cores[member].report_disconnected(1)
+    group.tick(4)
+    assert group.cores[3].role is Role.LEADER
+
+
+def test_a_broken_connection_deposes_no_leader_that_the_others_hear() -> None:
+    group = Group.bootstrapped(THREE)
+    group.elect(1)
+    group.tick(2)
+    term = group.cores[1].term
+    silent = [True]
+    group.passes = lambda message: not (silent[0] and {message.sender, message.receiver} == {1, 2})
+    for _ in range(30):
+        group.cores[2].report_disconnected(1)
+        group.tick()
+    assert group.cores[1].role is Role.LEADER
+    assert group.cores[3].leader == 1
+    silent[0] = False
+    group.tick(3)
+    assert [core.term for core in group.cores.values()] == [term] * 3
+    assert group.cores[2].leader == 1
+
+
+def test_a_leader_that_is_heard_again_is_waited_for_as_long_as_ever() -> None:
+    group = Group.bootstrapped(THREE)
+    group.elect(1)
+    group.tick(2)
+    follower = group.cores[2]
+    follower.report_disconnected(1)
+    assert not follower._hears_leader()
+    group.cores[1].tick()
+    group.pump()
+    assert follower._hears_leader()
+    for _ in range(follower.config.election_ticks - 1):
+        follower.tick()
+    assert role_of(follower) is Role.FOLLOWER
+
+
+def test_only_the_leaders_connection_counts_and_only_for_voters() -> None:
+    group = Group.bootstrapped(THREE)
+    group.elect(1)
+    group.tick(2)
+    group.cores[2].report_disconnected(3)
+    group.cores[1].report_disconnected(2)
+    assert group.cores[2]._hears_leader()
+    assert group.cores[1].role is Role.LEADER
+    learner = make_core(4, Configuration(voters=(1, 2, 3), learners=(4,)))
+    learner.step(Heartbeat(1, 4, 1, 0))
+    learner.report_disconnected(1)
+    for _ in range(30):
+        learner.tick()
+    assert role_of(learner) is Role.FOLLOWER
