@@ -46,6 +46,30 @@ class RaftMetrics:
             self.proposals.labels(result)
 
 
+class SnapshotMetrics:
+    """What is counted of snapshots on their way to other members."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.transfers = Counter(
+            "prism_raft_snapshot_transfers_total",
+            "Snapshots sent to other members, by how that ended: sent or failed.",
+            ("result",),
+            registry=registry,
+        )
+        self.sent_bytes = Counter(
+            "prism_raft_snapshot_sent_bytes_total",
+            "Bytes of snapshots sent to other members.",
+            registry=registry,
+        )
+        self.resumed_bytes = Counter(
+            "prism_raft_snapshot_resumed_bytes_total",
+            "Bytes that were not sent again when a broken transfer went on.",
+            registry=registry,
+        )
+        for result in ("sent", "failed"):
+            self.transfers.labels(result)
+
+
 class BatcherMetrics:
     """What the batcher counts; `op` is create, delete or other."""
 
@@ -98,6 +122,7 @@ class ControlMetrics:
         self.registry = CollectorRegistry()
         self.calls = CallMetrics(self.registry)
         self.raft = RaftMetrics(self.registry)
+        self.snapshots = SnapshotMetrics(self.registry)
         self.batcher = BatcherMetrics(self.registry)
         self.leader = LeaderMetrics(self.registry)
 

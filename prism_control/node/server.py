@@ -372,6 +372,7 @@ class ControlNode:
                 snapshots.file(meta.index),
                 transport.hello(request.receiver),
                 address,
+                self._metrics.snapshots,
             )
             if not ok:
                 await asyncio.sleep(_SNAPSHOT_PAUSE_S)

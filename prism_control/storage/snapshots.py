@@ -4,10 +4,10 @@ Layout: `magic (8)`, then records `length u32 | crc32c u32 | bytes`, and a last 
 whose CRC field is the number of records. A torn or truncated file is thus recognised.
 """
 
-import contextlib
 import itertools
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -16,6 +16,7 @@ import google_crc32c
 
 from prism_control.storage.directory import sync_directory
 from prism_control.storage.errors import CorruptStoreError
+from prism_control.storage.incoming import IncomingSnapshot, SnapshotIdentity
 
 _MAGIC: Final = b"PRISMSN1"
 _RECORD: Final = struct.Struct("<II")
@@ -30,6 +31,9 @@ class SnapshotStore:
         self._path = path
         #: Two may be written at once, also of one index: one of our own and one that arrives.
         self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        #: What arrives, or arrived in part before its transfer broke.
+        self._incoming: IncomingSnapshot | None = None
         path.mkdir(mode=0o700, exist_ok=True)
         for leftover in path.glob("*.partial"):
             leftover.unlink()
@@ -50,9 +54,50 @@ class SnapshotStore:
             partial.unlink(missing_ok=True)
         return size
 
-    def receive(self, index: int) -> "IncomingSnapshot":
-        """Begin to receive a snapshot's bytes from another member."""
-        return IncomingSnapshot(self, self._partial(index), index)
+    def incoming(self, identity: SnapshotIdentity) -> IncomingSnapshot:
+        """Return where a snapshot from another member is received, with what has arrived of it.
+
+        There is one at a time: another snapshot takes the place of one that was not completed.
+        """
+        with self._lock:
+            incoming = self._incoming
+            if incoming is None or incoming.identity != identity:
+                self._forget_incoming()
+                partial = self._partial(identity.index)
+                incoming = IncomingSnapshot(
+                    identity, partial, lambda path: self._take_in(path, identity.index)
+                )
+                self._incoming = incoming
+            return incoming
+
+    def arrived(self, identity: SnapshotIdentity) -> int:
+        """Return how many bytes of a snapshot have arrived."""
+        incoming = self._incoming
+        return incoming.offset if incoming is not None and incoming.identity == identity else 0
+
+    def finish(self, incoming: IncomingSnapshot) -> None:
+        """Make a snapshot that has arrived this member's own; as `IncomingSnapshot.finish`."""
+        incoming.finish()
+        with self._lock:
+            if self._incoming is incoming:
+                self._incoming = None
+
+    def drop(self, incoming: IncomingSnapshot) -> None:
+        """Forget what has arrived of a snapshot."""
+        with self._lock:
+            if self._incoming is incoming:
+                self._forget_incoming()
+
+    def _forget_incoming(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        if incoming is not None:
+            incoming.abort()
+
+    def _take_in(self, partial: Path, index: int) -> None:
+        with partial.open("rb") as file:
+            for _ in read_records(file, partial.name):
+                pass
+        self._publish(partial, index)
 
     def prune(self, in_force: int, *, newer: bool = False) -> None:
         """Remove what the snapshot that the log now follows from makes useless.
@@ -85,45 +130,6 @@ class SnapshotStore:
     def _publish(self, partial: Path, index: int) -> None:
         partial.rename(self.file(index))
         sync_directory(self._path)
-
-
-class IncomingSnapshot:
-    """A snapshot's file while it arrives."""
-
-    def __init__(self, store: SnapshotStore, partial: Path, index: int) -> None:
-        self._store = store
-        self._partial = partial
-        self._index = index
-        self._file = partial.open("wb")
-
-    @property
-    def offset(self) -> int:
-        """Bytes that have arrived."""
-        return self._file.tell()
-
-    def write(self, data: bytes) -> None:
-        """Append bytes."""
-        self._file.write(data)
-
-    def finish(self) -> None:
-        """Check the whole, make it durable, and give it its name.
-
-        Raises:
-            CorruptStoreError: What arrived is not a whole snapshot.
-        """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        with self._partial.open("rb") as file:
-            for _ in read_records(file, self._partial.name):
-                pass
-        self._store._publish(self._partial, self._index)
-
-    def abort(self) -> None:
-        """Forget what has arrived."""
-        with contextlib.suppress(OSError):  # what is buffered may find no room
-            self._file.close()
-        self._partial.unlink(missing_ok=True)
 
 
 def encode_records(chunks: Iterable[bytes]) -> Iterator[bytes]:

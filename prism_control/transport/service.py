@@ -13,7 +13,7 @@ from prism_control.raft.types import Member, MemberId, Message
 from prism_control.storage.snapshots import SnapshotStore
 from prism_control.transport import wire
 from prism_control.transport.peers import PROTOCOL_VERSION
-from prism_control.transport.snapshots import receive_snapshot
+from prism_control.transport.snapshots import arrived, receive_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,15 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
         port.heard(request.sender)
         port.receive([request])
         return raft_pb2.InstallSnapshotResponse(index=request.meta.index)
+
+    async def GetSnapshotOffset(
+        self,
+        request: raft_pb2.GetSnapshotOffsetRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> raft_pb2.GetSnapshotOffsetResponse:
+        """Say how much of a snapshot has arrived."""
+        port, _ = self._admit(request.hello)
+        return raft_pb2.GetSnapshotOffsetResponse(offset=arrived(request, port.snapshots))
 
     async def Discover(
         self, request: raft_pb2.DiscoverRequest, context: grpc.aio.ServicerContext[Any, Any]

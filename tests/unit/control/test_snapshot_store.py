@@ -4,11 +4,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
 from prism_common.errors import StartupError
 from prism_control.storage.directory import DataDirectory
 from prism_control.storage.errors import CorruptStoreError
+from prism_control.storage.incoming import OutOfOrderError, SnapshotIdentity
 from prism_control.storage.snapshots import SnapshotStore
 
 CHUNKS = [b"header", b"x" * 5000, bytes(range(256)), b"end"]
@@ -87,46 +89,98 @@ def test_the_one_in_force_outlives_newer_ones_that_nobody_took(store: SnapshotSt
     assert [store.file(index).exists() for index in (5, 7, 9, 11)] == [False, True, False, False]
 
 
-def test_one_arrives_in_pieces(store: SnapshotStore, tmp_path: Path) -> None:
+def identity_of(whole: bytes, index: int = 5) -> SnapshotIdentity:
+    return SnapshotIdentity(index, 2, len(whole), google_crc32c.value(whole))
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
     other = SnapshotStore(tmp_path / "other")
     other.write(5, CHUNKS)
-    whole = other.file(5).read_bytes()
-    incoming = store.receive(5)
+    return other.file(5).read_bytes()
+
+
+def test_one_arrives_in_pieces(store: SnapshotStore, whole: bytes) -> None:
+    incoming = store.incoming(identity_of(whole))
     for begin in range(0, len(whole), 100):
-        assert incoming.offset == begin
-        incoming.write(whole[begin : begin + 100])
-    incoming.finish()
+        assert store.arrived(identity_of(whole)) == begin
+        incoming.write(begin, whole[begin : begin + 100])
+    store.finish(incoming)
     assert list(store.read(5)) == CHUNKS
+    assert store.arrived(identity_of(whole)) == 0
 
 
-def test_what_arrives_damaged_is_not_published(store: SnapshotStore, tmp_path: Path) -> None:
-    other = SnapshotStore(tmp_path / "other")
-    other.write(5, CHUNKS)
-    damaged = bytearray(other.file(5).read_bytes())
+@pytest.mark.parametrize("known", [True, False])
+def test_what_arrives_damaged_is_not_published(
+    store: SnapshotStore, whole: bytes, tmp_path: Path, known: bool
+) -> None:
+    """Whether it was damaged on its way, or on the sender's disk, whose checksum then fits."""
+    damaged = bytearray(whole)
     damaged[random.Random(1).randrange(len(damaged))] ^= 4
-    incoming = store.receive(5)
-    incoming.write(bytes(damaged))
+    incoming = store.incoming(identity_of(bytes(damaged) if known else whole))
+    incoming.write(0, bytes(damaged))
     with pytest.raises(CorruptStoreError):
-        incoming.finish()
-    incoming.abort()
+        store.finish(incoming)
+    store.drop(incoming)
     assert list((tmp_path / "snapshots").iterdir()) == []
 
 
-def test_two_of_one_index_do_not_write_into_each_other(
-    store: SnapshotStore, tmp_path: Path
+def test_one_of_our_own_and_one_that_arrives_do_not_write_into_each_other(
+    store: SnapshotStore, whole: bytes
 ) -> None:
-    """One of our own, and one that arrives; or a resend, while the first is still open."""
-    other = SnapshotStore(tmp_path / "other")
-    other.write(5, CHUNKS)
-    whole = other.file(5).read_bytes()
-    first, second = store.receive(5), store.receive(5)
-    first.write(whole[:50])
-    second.write(whole)
+    incoming = store.incoming(identity_of(whole))
+    incoming.write(0, whole[:50])
     store.write(5, CHUNKS)
-    first.write(whole[50:])
-    first.finish()
-    second.finish()
+    incoming.write(50, whole[50:])
+    store.finish(incoming)
     assert list(store.read(5)) == CHUNKS
+
+
+def test_two_streams_of_one_snapshot_go_on_from_what_has_arrived(
+    store: SnapshotStore, whole: bytes
+) -> None:
+    """A sender that reconnects, while its first stream is still open here."""
+    first = store.incoming(identity_of(whole))
+    first.write(0, whole[:50])
+    second = store.incoming(identity_of(whole))
+    assert second.offset == 50
+    second.write(50, whole[50:80])
+    with pytest.raises(OutOfOrderError):
+        first.write(50, whole[50:90])
+    second.write(80, whole[80:])
+    store.finish(second)
+    with pytest.raises(OutOfOrderError):
+        first.write(len(whole), b"x")
+    assert list(store.read(5)) == CHUNKS
+
+
+def test_a_sender_may_begin_anew(store: SnapshotStore, whole: bytes) -> None:
+    incoming = store.incoming(identity_of(whole))
+    incoming.write(0, whole[:50])
+    incoming.write(0, whole[:20])
+    assert incoming.offset == 20
+    incoming.write(20, whole[20:])
+    store.finish(incoming)
+    assert list(store.read(5)) == CHUNKS
+
+
+def test_another_snapshot_takes_the_place_of_one_in_part(
+    store: SnapshotStore, whole: bytes, tmp_path: Path
+) -> None:
+    first = store.incoming(identity_of(whole, 5))
+    first.write(0, whole[:50])
+    second = store.incoming(identity_of(whole, 6))
+    assert store.arrived(identity_of(whole, 5)) == second.offset == 0
+    with pytest.raises(OutOfOrderError):
+        first.write(50, whole[50:])
+    assert len(list((tmp_path / "snapshots").iterdir())) == 1
+
+
+def test_no_more_is_taken_than_was_announced(store: SnapshotStore, whole: bytes) -> None:
+    incoming = store.incoming(SnapshotIdentity(5, 2, 60, 0))
+    incoming.write(0, whole[:50])
+    with pytest.raises(CorruptStoreError, match="more than 60"):
+        incoming.write(50, whole[50:])
 
 
 def test_a_data_directory_has_one_owner(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A snapshot's way to another member: whole on its disk, or reported as failed."""
 
 import errno
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ from prometheus_client import CollectorRegistry
 from prism_common.addresses import Address
 from prism_common.errors import DiskFullError, InvalidArgumentError
 from prism_common.server import CallMetrics, RpcServer
+from prism_control.metrics import SnapshotMetrics
 from prism_control.raft.types import Configuration, Member, Message, SnapshotMeta, SnapshotRequest
-from prism_control.storage.errors import CorruptStoreError
-from prism_control.storage.snapshots import IncomingSnapshot, SnapshotStore
+from prism_control.storage.incoming import IncomingSnapshot, SnapshotIdentity
+from prism_control.storage.snapshots import SnapshotStore
 from prism_control.transport import snapshots as transfer
 from prism_control.transport.service import RaftPort, RaftServicer
 
@@ -34,6 +36,25 @@ class Receiver:
 
     def receive(self, messages: Sequence[Message]) -> None:
         self.received.extend(messages)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    """Short pauses, and what the sender counts."""
+    monkeypatch.setattr(transfer, "_PAUSE_S", 0.01)
+    return CollectorRegistry()
+
+
+async def send(
+    counted: CollectorRegistry,
+    path: Path,
+    address: str,
+    said: raft_pb2.Hello | None = None,
+    rate_bytes_s: int = transfer.RATE_BYTES_S,
+) -> bool:
+    return await transfer.send_snapshot(
+        9, META, path, said or hello(), address, SnapshotMetrics(counted), rate_bytes_s=rate_bytes_s
+    )
 
 
 def hello(cluster_id: str = "cl", receiver: int = 2) -> raft_pb2.Hello:
@@ -75,23 +96,26 @@ def sender(tmp_path: Path) -> SnapshotStore:
 
 
 async def test_it_arrives_whole_and_the_core_is_told(
-    receiver: Receiver, sender: SnapshotStore
+    receiver: Receiver, sender: SnapshotStore, counted: CollectorRegistry
 ) -> None:
-    assert await transfer.send_snapshot(9, META, sender.file(5), hello(), receiver.address)
+    assert await send(counted, sender.file(5), receiver.address)
     assert list(receiver.store.read(5)) == CHUNKS
     assert receiver.received == [SnapshotRequest(1, 2, 9, META)]
 
 
 async def test_one_whose_file_is_gone_is_reported_and_nothing_hangs(
-    receiver: Receiver, sender: SnapshotStore
+    receiver: Receiver, sender: SnapshotStore, counted: CollectorRegistry
 ) -> None:
     sender.prune(6)
-    assert not await transfer.send_snapshot(9, META, sender.file(5), hello(), receiver.address)
+    assert not await send(counted, sender.file(5), receiver.address)
     assert receiver.received == []
 
 
 async def test_one_that_is_removed_meanwhile_still_arrives(
-    receiver: Receiver, sender: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+    receiver: Receiver,
+    sender: SnapshotStore,
+    counted: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = transfer._chunks
 
@@ -101,20 +125,20 @@ async def test_one_that_is_removed_meanwhile_still_arrives(
             yield chunk
 
     monkeypatch.setattr(transfer, "_chunks", removed_meanwhile)
-    assert await transfer.send_snapshot(9, META, sender.file(5), hello(), receiver.address)
+    assert await send(counted, sender.file(5), receiver.address)
     assert list(receiver.store.read(5)) == CHUNKS
 
 
 @pytest.mark.parametrize("wrong", [hello(cluster_id="other"), hello(receiver=3)])
 async def test_strangers_are_refused(
-    receiver: Receiver, sender: SnapshotStore, wrong: raft_pb2.Hello
+    receiver: Receiver, sender: SnapshotStore, counted: CollectorRegistry, wrong: raft_pb2.Hello
 ) -> None:
-    assert not await transfer.send_snapshot(9, META, sender.file(5), wrong, receiver.address)
+    assert not await send(counted, sender.file(5), receiver.address, wrong)
     assert receiver.received == []
 
 
-async def test_nobody_there_is_reported(sender: SnapshotStore) -> None:
-    assert not await transfer.send_snapshot(9, META, sender.file(5), hello(), "127.0.0.1:1")
+async def test_nobody_there_is_reported(sender: SnapshotStore, counted: CollectorRegistry) -> None:
+    assert not await send(counted, sender.file(5), "127.0.0.1:1")
 
 
 async def _receive(
@@ -129,11 +153,16 @@ async def _receive(
 
 async def _chunks(store: SnapshotStore) -> list[raft_pb2.InstallSnapshotRequest]:
     with store.file(5).open("rb") as file:
-        return [chunk async for chunk in transfer._chunks(9, META, file, hello())]
+        size, crc = transfer._measure(file)
+        sending = transfer._Transfer(
+            9, META, SnapshotIdentity(5, 2, size, crc), file, hello(), 2**30,
+            SnapshotMetrics(CollectorRegistry()),
+        )  # fmt: skip
+        return [chunk async for chunk in transfer._chunks(sending, 0)]
 
 
 @pytest.mark.parametrize("damage", ["lost", "repeated", "cut", "flipped", "swapped", "none"])
-async def test_chunks_that_are_not_as_sent_are_refused_and_leave_nothing(
+async def test_chunks_that_are_not_as_sent_are_refused_and_nothing_is_installed(
     tmp_path: Path, sender: SnapshotStore, damage: str
 ) -> None:
     chunks = await _chunks(sender)
@@ -153,6 +182,10 @@ async def test_chunks_that_are_not_as_sent_are_refused_and_leave_nothing(
     store = SnapshotStore(tmp_path / "receiver")
     with pytest.raises(InvalidArgumentError):
         await _receive(store, chunks)
+    # What came before the damage is kept, and is all that is kept.
+    kept = [path.suffix for path in (tmp_path / "receiver").iterdir()]
+    assert kept == ([] if damage == "none" else [".partial"])
+    SnapshotStore(tmp_path / "receiver")
     assert list((tmp_path / "receiver").iterdir()) == []
 
 
@@ -163,15 +196,16 @@ async def test_what_was_damaged_on_the_senders_disk_is_not_installed(
     content[700_000] ^= 8
     sender.file(5).write_bytes(content)
     store = SnapshotStore(tmp_path / "receiver")
-    with pytest.raises(CorruptStoreError):
+    with pytest.raises(InvalidArgumentError, match="corrupt") as caught:
         await _receive(store, await _chunks(sender))
+    assert caught.value.code == "CORRUPT_SNAPSHOT"
     assert list((tmp_path / "receiver").iterdir()) == []
 
 
 async def test_a_full_disk_is_said_and_leaves_nothing(
     tmp_path: Path, sender: SnapshotStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(incoming: IncomingSnapshot, data: bytes) -> None:
+    def full(incoming: IncomingSnapshot, offset: int, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(IncomingSnapshot, "write", full)
@@ -180,3 +214,69 @@ async def test_a_full_disk_is_said_and_leaves_nothing(
         await _receive(store, await _chunks(sender))
     assert caught.value.retry_after_s
     assert list((tmp_path / "receiver").iterdir()) == []
+
+
+async def test_a_broken_transfer_goes_on_from_where_it_broke(
+    receiver: Receiver,
+    sender: SnapshotStore,
+    counted: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = IncomingSnapshot.write
+    breaks = [2, 5]
+    size = sender.file(5).stat().st_size
+
+    def write(incoming: IncomingSnapshot, offset: int, data: bytes) -> None:
+        if breaks and offset >= breaks[0] * transfer._CHUNK_BYTES:
+            breaks.pop(0)
+            raise InvalidArgumentError("the connection broke")
+        original(incoming, offset, data)
+
+    monkeypatch.setattr(IncomingSnapshot, "write", write)
+    assert await send(counted, sender.file(5), receiver.address)
+    assert breaks == []
+    assert list(receiver.store.read(5)) == CHUNKS
+    assert receiver.received == [SnapshotRequest(1, 2, 9, META)]
+    resumed = counted.get_sample_value("prism_raft_snapshot_resumed_bytes_total")
+    assert resumed == 7 * transfer._CHUNK_BYTES
+    sent = counted.get_sample_value("prism_raft_snapshot_sent_bytes_total")
+    # No more again than what was under way when it broke.
+    assert sent is not None
+    assert size <= sent <= size + 2 * 6 * transfer._CHUNK_BYTES
+
+
+async def test_a_receiver_that_restarted_is_sent_all_of_it(
+    receiver: Receiver, sender: SnapshotStore, counted: CollectorRegistry
+) -> None:
+    chunks = await _chunks(sender)
+    with pytest.raises(InvalidArgumentError):
+        await _receive(receiver.store, chunks[:3])
+    restarted = SnapshotStore(receiver.store.file(5).parent)
+    await _receive(restarted, chunks)
+    assert list(restarted.read(5)) == CHUNKS
+
+
+async def test_it_goes_no_faster_than_its_rate(
+    receiver: Receiver, sender: SnapshotStore, counted: CollectorRegistry
+) -> None:
+    size = sender.file(5).stat().st_size
+    started = time.monotonic()
+    assert await send(counted, sender.file(5), receiver.address, rate_bytes_s=4 * size)
+    # Its last chunk is due when all that comes before it has had its time.
+    assert time.monotonic() - started >= (size - transfer._CHUNK_BYTES) / (4 * size)
+
+
+async def test_one_that_never_gets_through_is_given_up(
+    receiver: Receiver,
+    sender: SnapshotStore,
+    counted: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write(incoming: IncomingSnapshot, offset: int, data: bytes) -> None:
+        raise InvalidArgumentError("the connection broke")
+
+    monkeypatch.setattr(IncomingSnapshot, "write", write)
+    monkeypatch.setattr(transfer, "_PAUSE_MAX_S", 0.02)
+    assert not await send(counted, sender.file(5), receiver.address)
+    failed = {"result": "failed"}
+    assert counted.get_sample_value("prism_raft_snapshot_transfers_total", failed) == 1

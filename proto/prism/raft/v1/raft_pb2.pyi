@@ -542,6 +542,68 @@ class ExchangeResponse(_message.Message):
 Global___ExchangeResponse: _TypeAlias = ExchangeResponse  # noqa: Y015
 
 @_typing.final
+class GetSnapshotOffsetRequest(_message.Message):
+    """Asks how much of a snapshot file has arrived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    FILE_CRC32C_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """The last entry that it covers."""
+    term: _builtins.int
+    """Term of that entry."""
+    size_bytes: _builtins.int
+    """Bytes of the whole."""
+    file_crc32c: _builtins.int
+    """CRC-32C of the whole."""
+    @_builtins.property
+    def hello(self) -> Global___Hello:
+        """Who asks."""
+
+    def __init__(
+        self,
+        *,
+        hello: Global___Hello | None = ...,
+        index: _builtins.int = ...,
+        term: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        file_crc32c: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file_crc32c", b"file_crc32c", "hello", b"hello", "index", b"index", "size_bytes", b"size_bytes", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSnapshotOffsetRequest: _TypeAlias = GetSnapshotOffsetRequest  # noqa: Y015
+
+@_typing.final
+class GetSnapshotOffsetResponse(_message.Message):
+    """How much has arrived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Bytes; the next chunk belongs there."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetSnapshotOffsetResponse: _TypeAlias = GetSnapshotOffsetResponse  # noqa: Y015
+
+@_typing.final
 class InstallSnapshotRequest(_message.Message):
     """A piece of a snapshot."""
 
@@ -554,16 +616,19 @@ class InstallSnapshotRequest(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     CRC32C_FIELD_NUMBER: _builtins.int
+    FILE_CRC32C_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """First message only: the leader's term."""
     size_bytes: _builtins.int
     """First message only: bytes of the whole."""
     offset: _builtins.int
-    """Where this chunk belongs."""
+    """Where this chunk belongs. A first message with 0 begins anew."""
     data: _builtins.bytes
     """At most 1 MiB."""
     crc32c: _builtins.int
     """CRC-32C of data."""
+    file_crc32c: _builtins.int
+    """First message only: CRC-32C of the whole."""
     @_builtins.property
     def hello(self) -> Global___Hello:
         """First message only: who sends."""
@@ -582,10 +647,11 @@ class InstallSnapshotRequest(_message.Message):
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
         crc32c: _builtins.int = ...,
+        file_crc32c: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "meta", b"meta"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "data", b"data", "hello", b"hello", "meta", b"meta", "offset", b"offset", "size_bytes", b"size_bytes", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32c", b"crc32c", "data", b"data", "file_crc32c", b"file_crc32c", "hello", b"hello", "meta", b"meta", "offset", b"offset", "size_bytes", b"size_bytes", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class RaftServiceStub(object):
                 request_serializer=prism_dot_raft_dot_v1_dot_raft__pb2.InstallSnapshotRequest.SerializeToString,
                 response_deserializer=prism_dot_raft_dot_v1_dot_raft__pb2.InstallSnapshotResponse.FromString,
                 _registered_method=True)
+        self.GetSnapshotOffset = channel.unary_unary(
+                '/prism.raft.v1.RaftService/GetSnapshotOffset',
+                request_serializer=prism_dot_raft_dot_v1_dot_raft__pb2.GetSnapshotOffsetRequest.SerializeToString,
+                response_deserializer=prism_dot_raft_dot_v1_dot_raft__pb2.GetSnapshotOffsetResponse.FromString,
+                _registered_method=True)
         self.Discover = channel.unary_unary(
                 '/prism.raft.v1.RaftService/Discover',
                 request_serializer=prism_dot_raft_dot_v1_dot_raft__pb2.DiscoverRequest.SerializeToString,
@@ -76,6 +81,13 @@ class RaftServiceServicer(object):
 
     def InstallSnapshot(self, request_iterator, context):
         """Sends a snapshot in chunks on a call of its own, so that heartbeats never wait behind it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSnapshotOffset(self, request, context):
+        """Says how much of a snapshot has arrived, so that a transfer that broke goes on from there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +127,11 @@ def add_RaftServiceServicer_to_server(servicer, server):
                     servicer.InstallSnapshot,
                     request_deserializer=prism_dot_raft_dot_v1_dot_raft__pb2.InstallSnapshotRequest.FromString,
                     response_serializer=prism_dot_raft_dot_v1_dot_raft__pb2.InstallSnapshotResponse.SerializeToString,
+            ),
+            'GetSnapshotOffset': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSnapshotOffset,
+                    request_deserializer=prism_dot_raft_dot_v1_dot_raft__pb2.GetSnapshotOffsetRequest.FromString,
+                    response_serializer=prism_dot_raft_dot_v1_dot_raft__pb2.GetSnapshotOffsetResponse.SerializeToString,
             ),
             'Discover': grpc.unary_unary_rpc_method_handler(
                     servicer.Discover,
@@ -187,6 +204,33 @@ class RaftService(object):
             '/prism.raft.v1.RaftService/InstallSnapshot',
             prism_dot_raft_dot_v1_dot_raft__pb2.InstallSnapshotRequest.SerializeToString,
             prism_dot_raft_dot_v1_dot_raft__pb2.InstallSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSnapshotOffset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prism.raft.v1.RaftService/GetSnapshotOffset',
+            prism_dot_raft_dot_v1_dot_raft__pb2.GetSnapshotOffsetRequest.SerializeToString,
+            prism_dot_raft_dot_v1_dot_raft__pb2.GetSnapshotOffsetResponse.FromString,
             options,
             channel_credentials,
             insecure,

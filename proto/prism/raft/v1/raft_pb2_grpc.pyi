@@ -39,6 +39,8 @@ class RaftServiceStub:
     """
     InstallSnapshot: _grpc.StreamUnaryMultiCallable[_raft_pb2.InstallSnapshotRequest, _raft_pb2.InstallSnapshotResponse]
     """Sends a snapshot in chunks on a call of its own, so that heartbeats never wait behind it."""
+    GetSnapshotOffset: _grpc.UnaryUnaryMultiCallable[_raft_pb2.GetSnapshotOffsetRequest, _raft_pb2.GetSnapshotOffsetResponse]
+    """Says how much of a snapshot has arrived, so that a transfer that broke goes on from there."""
     Discover: _grpc.UnaryUnaryMultiCallable[_raft_pb2.DiscoverRequest, _raft_pb2.DiscoverResponse]
     """Says who this member is, and which cluster it belongs to. Used while a cluster forms."""
     Form: _grpc.UnaryUnaryMultiCallable[_raft_pb2.FormRequest, _raft_pb2.FormResponse]
@@ -59,6 +61,8 @@ class RaftServiceAsyncStub(RaftServiceStub):
     """
     InstallSnapshot: _aio.StreamUnaryMultiCallable[_raft_pb2.InstallSnapshotRequest, _raft_pb2.InstallSnapshotResponse]  # type: ignore[assignment]
     """Sends a snapshot in chunks on a call of its own, so that heartbeats never wait behind it."""
+    GetSnapshotOffset: _aio.UnaryUnaryMultiCallable[_raft_pb2.GetSnapshotOffsetRequest, _raft_pb2.GetSnapshotOffsetResponse]  # type: ignore[assignment]
+    """Says how much of a snapshot has arrived, so that a transfer that broke goes on from there."""
     Discover: _aio.UnaryUnaryMultiCallable[_raft_pb2.DiscoverRequest, _raft_pb2.DiscoverResponse]  # type: ignore[assignment]
     """Says who this member is, and which cluster it belongs to. Used while a cluster forms."""
     Form: _aio.UnaryUnaryMultiCallable[_raft_pb2.FormRequest, _raft_pb2.FormResponse]  # type: ignore[assignment]
@@ -88,6 +92,14 @@ class RaftServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_raft_pb2.InstallSnapshotResponse, _abc.Awaitable[_raft_pb2.InstallSnapshotResponse]]:
         """Sends a snapshot in chunks on a call of its own, so that heartbeats never wait behind it."""
+
+    @_abc_1.abstractmethod
+    def GetSnapshotOffset(
+        self,
+        request: _raft_pb2.GetSnapshotOffsetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_raft_pb2.GetSnapshotOffsetResponse, _abc.Awaitable[_raft_pb2.GetSnapshotOffsetResponse]]:
+        """Says how much of a snapshot has arrived, so that a transfer that broke goes on from there."""
 
     @_abc_1.abstractmethod
     def Discover(
