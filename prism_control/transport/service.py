@@ -9,6 +9,7 @@ import grpc.aio
 from prism.raft.v1 import raft_pb2, raft_pb2_grpc
 
 from prism_common.errors import InvalidArgumentError, WrongStateError
+from prism_control.raft.errors import CorruptEntryError
 from prism_control.raft.types import Member, MemberId, Message
 from prism_control.storage.snapshots import SnapshotStore
 from prism_control.transport import wire
@@ -68,8 +69,7 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
             yield raft_pb2.ExchangeResponse(member_id=port.me)
             async for request in request_iterator:
                 port.heard(sender)
-                decoded = (wire.decode_message(m, sender, port.me) for m in request.messages)
-                port.receive([message for message in decoded if message is not None])
+                port.receive(_decode(request, sender, port.me))
         finally:
             port.part(sender)
 
@@ -154,3 +154,18 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
         # sender's, and only the sender can then make it newer. Pre-vote and lease keep a removed
         # member from disturbing.
         return port, hello.sender
+
+
+def _decode(request: raft_pb2.ExchangeRequest, sender: MemberId, me: MemberId) -> list[Message]:
+    """Return the messages of a request; those of a kind unknown to this version are left out.
+
+    Raises:
+        InvalidArgumentError: An entry is not what was encoded. Nothing of the request is taken;
+            the stream ends, and what is missing is sent again on the next.
+    """
+    try:
+        decoded = [wire.decode_message(message, sender, me) for message in request.messages]
+    except CorruptEntryError as error:
+        logger.error("from member %016x: %s; nothing of it is taken", sender, error)
+        raise InvalidArgumentError(str(error), reason="CORRUPT_ENTRY") from None
+    return [message for message in decoded if message is not None]

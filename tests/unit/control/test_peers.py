@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from prism_common.addresses import Address
 from prism_common.server import CallMetrics, RpcServer
+from prism_control.raft import entry_codec
 from prism_control.raft.types import (
     AppendRequest,
     Configuration,
@@ -143,6 +144,27 @@ async def test_the_largest_entry_arrives(bench: Bench) -> None:
     bench.transport.send(sent)
     await until(lambda: len(bench.peer.received) == 4)
     assert bench.peer.received == sent
+
+
+async def test_a_corrupt_entry_ends_the_stream_in_one_line_and_nothing_of_it_is_taken(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.connected()
+    good = Entry(1, 1, EntryKind.NORMAL, b"good")
+    damaged = bytearray(entry_codec.encode(Entry(2, 1, EntryKind.NORMAL, b"bad")))
+    damaged[-1] ^= 1
+    bad = Entry(2, 1, EntryKind.NORMAL, b"bad", bytes(damaged))
+    bench.transport.send([AppendRequest(1, 2, 3, 0, 0, (good, bad), 0)])
+    await until(lambda: bench.disconnected == [2])
+    assert bench.peer.received == []
+    said = [record for record in caplog.records if "entry 2 is corrupt" in record.getMessage()]
+    assert "nothing of it is taken" in said[0].getMessage()
+    assert not any(record.exc_info for record in caplog.records)
+    # The stream comes back, and what is sent again arrives.
+    await bench.connected()
+    again = AppendRequest(1, 2, 3, 0, 0, (good,), 0)
+    bench.transport.send([again])
+    await until(lambda: bench.peer.received == [again])
 
 
 async def test_a_peer_that_comes_back_is_found_and_the_loss_is_told(bench: Bench) -> None:
