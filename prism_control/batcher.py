@@ -8,11 +8,12 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from prism_common.errors import DiskFullError, PrismError, QueueFullError, StoppingError
 from prism_control.metrics import BatcherMetrics
-from prism_control.request_queue import BatchingSettings, Item, RequestQueue
+from prism_control.request_queue import BatchingSettings, Group, Item, Member, RequestQueue
 from prism_control.state import commands
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
@@ -44,9 +45,11 @@ _BUSY_WINDOW_S: Final = 0.1
 class EntryBatch:
     """One entry to be proposed, and the callers that wait for its items."""
 
-    def __init__(self, items: Sequence[Item], at_ms: int, done: Callable[[int], None]) -> None:
+    def __init__(
+        self, items: Sequence[Item], at_ms: int, ended: Callable[[int, bool], None]
+    ) -> None:
         self._items = items
-        self._done = done
+        self._ended = ended
         self.data = commands.encode(
             commands.propose(at_ms, tuple([item.command for item in items]))
         )
@@ -56,24 +59,13 @@ class EntryBatch:
         results: Sequence[Result] = result  # type: ignore[assignment]
         for item, answer in zip(self._items, results, strict=True):
             item.resolve(answer)
-        self._done(len(self._items))
+        self._ended(len(self._items), True)
 
     def fail(self, error: Exception) -> None:
         """Tell every caller."""
         for item in self._items:
             item.fail(error)
-
-
-def _outcome(future: asyncio.Future[Result] | PrismError) -> Result | PrismError:
-    """Return what became of a command; what is no PrismError is a bug, and raised."""
-    if isinstance(future, PrismError):
-        return future
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if not isinstance(error, PrismError):
-        raise error
-    return error
+        self._ended(len(self._items), False)
 
 
 class _Load:
@@ -148,21 +140,21 @@ class Batcher:
         They wait together: where the queue has no room for all, the last of them are refused.
         """
         self._check_open()
-        futures: list[asyncio.Future[Result] | PrismError] = []
-        for command, size in group:
+        waiting = Group(len(group))
+        now = time.monotonic()
+        touched: set[RequestQueue] = set()
+        for position, (command, size) in enumerate(group):
+            queue = self._queue_of(command)
+            touched.add(queue)
             try:
-                futures.append(self._put(command, size))
+                queue.put(command, size, Member(waiting, position), now)
             except QueueFullError as error:
-                futures.append(error)
-        waiting = [future for future in futures if isinstance(future, asyncio.Future)]
-        try:
-            if waiting:
-                await asyncio.wait(waiting)
-        except asyncio.CancelledError:
-            for future in waiting:
-                future.cancel()
-            raise
-        return [_outcome(future) for future in futures]
+                self._metrics.rejected.labels(queue.op).inc()
+                waiting.settle(position, error)
+        self._load.add(len(group), now)
+        for queue in touched:
+            self._wake_for(queue, now)
+        return await waiting.results()
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -203,7 +195,8 @@ class Batcher:
                 if not items:
                     continue
                 self._metrics.batch_size.labels(queue.op).observe(len(items))
-                batches.append(EntryBatch(items, self._now_ms(), self._drain_counter(queue)))
+                queue.leave(len(items))
+                batches.append(EntryBatch(items, self._now_ms(), partial(self._ended, queue)))
         for queue in self._queues:
             if queue.items:
                 self._wake_for(queue, now)
@@ -220,6 +213,8 @@ class Batcher:
             return True
         if queue is self._others:
             linger_s = _LINGER_OTHER_S
+        elif len(queue.items) >= queue.company:
+            return True
         else:
             linger_s = _LINGER_BURST_S if rate > _BURST_RATE else _LINGER_CREATE_S
         return now >= queue.first_arrival + linger_s
@@ -228,7 +223,8 @@ class Batcher:
         """Have the driver take a queue's requests now, or once they are due."""
         if self._goes(queue, now):
             self._wake()
-        elif self._timer is None:
+            return
+        if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._ring)
 
     def _ring(self) -> None:
@@ -278,8 +274,11 @@ class Batcher:
                 size += item.size
         return items
 
-    def _drain_counter(self, queue: RequestQueue) -> Callable[[int], None]:
-        return lambda count: queue.drained(count, time.monotonic())
+    def _ended(self, queue: RequestQueue, count: int, answered: bool) -> None:
+        """Take note that an entry with so many of a queue's requests has ended."""
+        queue.ended(count)
+        if answered:
+            queue.drained(count, time.monotonic())
 
     def _now_ms(self) -> int:
         """The wall clock in milliseconds; it never goes back within one leadership."""

@@ -4,12 +4,18 @@ import asyncio
 import random
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
-from prism_common.errors import QueueFullError
+from prism_common.errors import PrismError, QueueFullError
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
 
+#: Fewer never go early together.
+_COMPANY_MIN: Final = 8
+#: Of all that are waiting or under way.
+_COMPANY_SHARE: Final = 0.6
+#: With each entry that has ended.
+_CROWD_FADES: Final = 0.98
 #: Before anything was measured.
 _RETRY_DEFAULT_S: Final = 0.25
 _RETRY_MIN_S: Final = 0.05
@@ -35,30 +41,90 @@ class BatchingSettings:
     interval_ms: int = 250
 
 
+class Caller(Protocol):
+    """Who waits for an answer; a future is one."""
+
+    def done(self) -> bool:
+        """Whether it waits no more."""
+
+    def set_result(self, result: Result, /) -> None:
+        """Answer it."""
+
+    def set_exception(self, error: Exception, /) -> None:
+        """Tell it what went wrong."""
+
+
+class Group:
+    """The answers to a group of commands: one future for all, since each costs."""
+
+    def __init__(self, count: int) -> None:
+        self._answers: list[Result | PrismError | None] = [None] * count
+        self._left = count
+        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def settle(self, position: int, answer: Result | PrismError) -> None:
+        """Note an answer."""
+        self._answers[position] = answer
+        self._left -= 1
+        if not self._left and not self.future.done():
+            self.future.set_result(None)
+
+    async def results(self) -> list[Result | PrismError]:
+        """Return all answers, once they are there."""
+        if self._left:
+            await self.future
+        return [answer for answer in self._answers if answer is not None]
+
+
+class Member:
+    """One of a group, as who waits."""
+
+    __slots__ = ("_group", "_position")
+
+    def __init__(self, group: Group, position: int) -> None:
+        self._group = group
+        self._position = position
+
+    def done(self) -> bool:
+        """Whether the group waits no more."""
+        return self._group.future.done()
+
+    def set_result(self, result: Result) -> None:
+        """Note the answer."""
+        self._group.settle(self._position, result)
+
+    def set_exception(self, error: Exception) -> None:
+        """Note what went wrong; what is no PrismError is a bug, and ends the whole group."""
+        if isinstance(error, PrismError):
+            self._group.settle(self._position, error)
+        else:
+            self._group.future.set_exception(error)
+
+
 @dataclass(slots=True)
 class Item:
     """A command that waits, and who wait for its answer: more than one where it was sent again."""
 
     command: Command
     size: int
-    futures: list[asyncio.Future[Result]]
+    callers: list[Caller]
 
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits."""
-        return any(not future.done() for future in self.futures)
+        return any(not caller.done() for caller in self.callers)
 
     def resolve(self, result: Result) -> None:
         """Answer all who wait."""
-        for future in self.futures:
-            if not future.done():
-                future.set_result(result)
+        for caller in self.callers:
+            if not caller.done():
+                caller.set_result(result)
 
     def fail(self, error: Exception) -> None:
         """Tell all who wait."""
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(error)
+        for caller in self.callers:
+            if not caller.done():
+                caller.set_exception(error)
 
 
 #: What has a queue of its own, and a request id.
@@ -88,10 +154,14 @@ class RequestQueue:
         #: Requests a second that left, smoothed; 0: not measured.
         self.drain_rate = 0.0
         self._drained_at = 0.0
+        #: Requests that were taken and are not answered yet.
+        self._under_way = 0
+        #: Requests at once, waiting or under way: the most that were seen, and it fades.
+        self._crowd = 0.0
         #: When the oldest that waits came.
         self.first_arrival = 0.0
 
-    def put(self, command: Command, size: int, future: asyncio.Future[Result], now: float) -> None:
+    def put(self, command: Command, size: int, caller: Caller, now: float) -> None:
         """Add a request; one that waits already gets another to answer, and takes no more room.
 
         Raises:
@@ -102,7 +172,7 @@ class RequestQueue:
             request_id = command.request_id
             waiting = self._by_request.get(request_id)
             if waiting is not None and _is_repeat(command, waiting.command):
-                waiting.futures.append(future)
+                waiting.callers.append(caller)
                 return
         if len(self.items) >= self.capacity:
             raise QueueFullError(
@@ -113,7 +183,7 @@ class RequestQueue:
         self._last_arrival = now
         if not self.items:
             self.first_arrival = now
-        item = Item(command, size, [future])
+        item = Item(command, size, [caller])
         self.items.append(item)
         if request_id:
             self._by_request.setdefault(request_id, item)
@@ -133,6 +203,25 @@ class RequestQueue:
             return True
         interval_s = max(self._interval_s, now - self._last_arrival)
         return interval_s * 1000 < self._settings.interval_ms
+
+    @property
+    def company(self) -> float:
+        """How many should wait to go together, sooner than after the longest wait.
+
+        Clients that wait for their answers send no more: most of them wait here then, and would
+        all wait for nothing.
+        """
+        return max(_COMPANY_MIN, _COMPANY_SHARE * self._crowd)
+
+    def leave(self, count: int) -> None:
+        """Take note that so many were taken out, to be proposed."""
+        self._under_way += count
+        self._crowd = max(self._crowd, len(self.items) + self._under_way)
+
+    def ended(self, count: int) -> None:
+        """Take note that so many of them have been answered, or failed."""
+        self._under_way -= count
+        self._crowd *= _CROWD_FADES
 
     def drained(self, count: int, now: float) -> None:
         """Take note that so many requests have been answered."""

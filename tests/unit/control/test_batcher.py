@@ -388,7 +388,11 @@ async def test_a_used_request_id_with_other_contents_is_refused_by_the_machine(
 
 async def test_what_waits_for_company_rides_along_with_what_is_due(clock: Clock) -> None:
     bench = Bench(BatchingSettings(threshold=0))
-    creates = [bench.submit(create(f"s{n}")) for n in range(200)]
+    before = [bench.submit(create(f"s{n}")) for n in range(200)]
+    await settle()
+    bench.commit(bench.batcher.take())
+    await asyncio.gather(*before)
+    creates = [bench.submit(create(f"t{n}")) for n in range(20)]
     await settle()
     clock.now += 0.006
     stop = bench.submit(StopSandbox("", b"f", "s1", 0))
@@ -396,6 +400,59 @@ async def test_what_waits_for_company_rides_along_with_what_is_due(clock: Clock)
     assert bench.batcher.take() == []
     clock.now += 0.005
     batches = bench.batcher.take()
-    assert sorted(len(batch) for batch in names(batches)) == [1, 200]
+    assert sorted(len(batch) for batch in names(batches)) == [1, 20]
     bench.commit(batches)
     await asyncio.gather(stop, *creates)
+
+
+async def test_most_of_a_crowd_goes_at_once_and_does_not_wait_for_the_rest(clock: Clock) -> None:
+    """Clients that wait for their answers send no more: waiting for them is in vain."""
+    bench = Bench(BatchingSettings(threshold=0))
+    first = [bench.submit(create(f"s{n}")) for n in range(100)]
+    await settle()
+    bench.commit(bench.batcher.take())
+    await asyncio.gather(*first)
+    few = [bench.submit(create(f"t{n}")) for n in range(50)]
+    await settle()
+    assert bench.batcher.take() == []
+    most = [bench.submit(create(f"u{n}")) for n in range(20)]
+    await settle()
+    batches = bench.batcher.take()
+    assert [len(batch) for batch in names(batches)] == [70]
+    bench.commit(batches)
+    await asyncio.gather(*few, *most)
+
+
+async def test_a_group_hears_of_each_item_and_of_a_failure_for_all(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    group = asyncio.get_running_loop().create_task(
+        bench.batcher.submit_all([(create("a"), 1), (create("a"), 1), (create("b"), 1)])
+    )
+    await settle()
+    clock.now += 0.02
+    bench.commit(bench.batcher.take())
+    first, second, third = await group
+    assert isinstance(first, Ok)
+    assert isinstance(second, Refused)
+    assert isinstance(third, Ok)
+    lost = asyncio.get_running_loop().create_task(
+        bench.batcher.submit_all([(create("c"), 1), (create("d"), 1)])
+    )
+    await settle()
+    clock.now += 0.02
+    for batch in bench.batcher.take():
+        batch.fail(OutcomeUnknownError("leadership was lost"))
+    assert [type(answer) for answer in await lost] == [OutcomeUnknownError] * 2
+    assert await bench.batcher.submit_all([]) == []
+
+
+async def test_a_group_whose_caller_has_gone_is_not_proposed(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    group = asyncio.get_running_loop().create_task(
+        bench.batcher.submit_all([(create("a"), 1), (create("b"), 1)])
+    )
+    await settle()
+    group.cancel()
+    await settle()
+    clock.now += 0.02
+    assert bench.batcher.take() == []
