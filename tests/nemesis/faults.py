@@ -1,15 +1,34 @@
-"""What is done to the hosts. Each fault begins, and `Hosts.heal` undoes all of them."""
+"""What is done to the hosts. Each fault begins, and `Hosts.heal` undoes all of them.
+
+A fault says what it did and, before it is undone, whether it has bitten: one that does nothing
+proves nothing, and fails the run.
+"""
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from tests.nemesis.hosts import Host, Hosts
 
-Fault: TypeAlias = Callable[[Hosts, random.Random], str]
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    """A fault that has begun.
+
+    Attributes:
+        said: What was done, to whom.
+        has_bitten: Whether it can be seen to have had an effect.
+    """
+
+    said: str
+    has_bitten: Callable[[], bool]
+
+
+Fault: TypeAlias = Callable[[Hosts, random.Random], Struck]
 
 
 def _leader(hosts: Hosts) -> Host | None:
@@ -19,61 +38,79 @@ def _leader(hosts: Hosts) -> Host | None:
     return None
 
 
-def kill_leader(hosts: Hosts, chance: random.Random) -> str:
+def _dropped(hosts: Sequence[Host]) -> bool:
+    return any(host.dropped_packets for host in hosts)
+
+
+def _says_full(hosts: Sequence[Host]) -> bool:
+    return any("disk is full" in host.readyz()[1] for host in hosts)
+
+
+def _slow(victim: Host, delay_s: float, who: str) -> Struck:
+    before = victim.meddle.delayed_syncs
+    victim.meddle.slow_disk(delay_s)
+    return Struck(
+        f"each sync of {victim.name}, {who}, takes {delay_s:g} s longer",
+        lambda: victim.meddle.delayed_syncs > before,
+    )
+
+
+def kill_leader(hosts: Hosts, chance: random.Random) -> Struck:
     """SIGKILL of whoever leads."""
     victim = _leader(hosts) or chance.choice(hosts.all)
     victim.kill()
-    return f"kill -9 of {victim.name}, the leader"
+    return Struck(f"kill -9 of {victim.name}, the leader", lambda: not victim.runs)
 
 
-def kill_any(hosts: Hosts, chance: random.Random) -> str:
+def kill_any(hosts: Hosts, chance: random.Random) -> Struck:
     """SIGKILL of anyone."""
     victim = chance.choice(hosts.all)
     victim.kill()
-    return f"kill -9 of {victim.name}"
+    return Struck(f"kill -9 of {victim.name}", lambda: not victim.runs)
 
 
-def kill_all(hosts: Hosts, chance: random.Random) -> str:
+def kill_all(hosts: Hosts, chance: random.Random) -> Struck:
     """SIGKILL of everyone."""
     for host in hosts.all:
         host.kill()
-    return "kill -9 of all"
+    return Struck("kill -9 of all", lambda: not any(host.runs for host in hosts.all))
 
 
-def pause_leader(hosts: Hosts, chance: random.Random) -> str:
+def pause_leader(hosts: Hosts, chance: random.Random) -> Struck:
     """SIGSTOP of the leader, for longer than an election."""
     victim = _leader(hosts) or chance.choice(hosts.all)
     victim.signal(signal.SIGSTOP)
-    return f"SIGSTOP of {victim.name}, the leader"
+    return Struck(f"SIGSTOP of {victim.name}, the leader", lambda: victim.is_stopped)
 
 
-def isolate_leader(hosts: Hosts, chance: random.Random) -> str:
+def isolate_leader(hosts: Hosts, chance: random.Random) -> Struck:
     """The leader and the others do not hear each other; clients reach all."""
     victim = _leader(hosts) or chance.choice(hosts.all)
     others = [host for host in hosts.all if host is not victim]
     victim.drop_from(others)
     for other in others:
         other.drop_from([victim])
-    return f"{victim.name}, the leader, is cut off"
+    return Struck(f"{victim.name}, the leader, is cut off", lambda: _dropped([victim, *others]))
 
 
-def deafen_leader(hosts: Hosts, chance: random.Random) -> str:
+def deafen_leader(hosts: Hosts, chance: random.Random) -> Struck:
     """One way: the leader is heard, and hears nobody."""
     victim = _leader(hosts) or chance.choice(hosts.all)
     victim.drop_from([host for host in hosts.all if host is not victim])
-    return f"{victim.name}, the leader, hears nobody"
+    return Struck(f"{victim.name}, the leader, hears nobody", lambda: _dropped([victim]))
 
 
-def mute_leader(hosts: Hosts, chance: random.Random) -> str:
+def mute_leader(hosts: Hosts, chance: random.Random) -> Struck:
     """One way: the leader hears, and nobody hears it."""
     victim = _leader(hosts) or chance.choice(hosts.all)
     for other in hosts.all:
         if other is not victim:
             other.drop_from([victim])
-    return f"nobody hears {victim.name}, the leader"
+    others = [host for host in hosts.all if host is not victim]
+    return Struck(f"nobody hears {victim.name}, the leader", lambda: _dropped(others))
 
 
-def bridge(hosts: Hosts, chance: random.Random) -> str:
+def bridge(hosts: Hosts, chance: random.Random) -> Struck:
     """Two halves that do not hear each other, and one host that hears both."""
     order = list(hosts.all)
     chance.shuffle(order)
@@ -83,7 +120,60 @@ def bridge(hosts: Hosts, chance: random.Random) -> str:
         host.drop_from(right)
     for host in right:
         host.drop_from(left)
-    return f"{middle.name} is the bridge between two halves"
+    return Struck(
+        f"{middle.name} is the bridge between two halves", lambda: _dropped([*left, *right])
+    )
+
+
+def fill_leaders_disk(hosts: Hosts, chance: random.Random) -> Struck:
+    """The leader's disk takes no new commands any more, or nothing at all."""
+    victim = _leader(hosts) or chance.choice(hosts.all)
+    left_bytes = chance.choice((0, 8 * 2**20))
+    victim.fill_disk(left_bytes)
+    return Struck(
+        f"the disk of {victim.name}, the leader, is full but for {left_bytes} bytes",
+        lambda: _says_full([victim]) or _leader(hosts) not in (None, victim),
+    )
+
+
+def fill_disks(hosts: Hosts, chance: random.Random) -> Struck:
+    """Nothing fits on the disks of a majority."""
+    victims = chance.sample(hosts.all, len(hosts.all) // 2 + 1)
+    for victim in victims:
+        victim.fill_disk(0)
+    return Struck(
+        f"the disks of {', '.join(victim.name for victim in victims)} are full",
+        lambda: _says_full(victims),
+    )
+
+
+def slow_leaders_disk(hosts: Hosts, chance: random.Random) -> Struck:
+    """Each sync of the leader takes long: at worst longer than an election timeout."""
+    victim = _leader(hosts) or chance.choice(hosts.all)
+    delay_s = chance.choice((0.05, 0.3, 3.0))
+    return _slow(victim, delay_s, "the leader")
+
+
+def slow_disk(hosts: Hosts, chance: random.Random) -> Struck:
+    """Each sync of someone takes long."""
+    victim = chance.choice(hosts.all)
+    delay_s = chance.choice((0.05, 0.3, 1.0))
+    return _slow(victim, delay_s, "whoever it is")
+
+
+def shift_clocks(hosts: Hosts, chance: random.Random) -> Struck:
+    """The wall clocks of some, the leader's among them or not, jump by hours; days, backwards."""
+    victims = chance.sample(hosts.all, chance.randrange(1, len(hosts.all)))
+    parts = []
+    for victim in victims:
+        offset_s = chance.choice((-72, -3, 3)) * 3600
+        victim.meddle.shift_clock(offset_s)
+        parts.append(f"{victim.name} by {offset_s // 3600} h")
+    before = [victim.meddle.shifted_reads for victim in victims]
+    return Struck(
+        f"the clock jumps: {', '.join(parts)}",
+        lambda: all(v.meddle.shifted_reads > n for v, n in zip(victims, before, strict=True)),
+    )
 
 
 FAULTS: Final[tuple[Fault, ...]] = (
@@ -95,4 +185,9 @@ FAULTS: Final[tuple[Fault, ...]] = (
     deafen_leader,
     mute_leader,
     bridge,
+    fill_leaders_disk,
+    fill_disks,
+    slow_leaders_disk,
+    slow_disk,
+    shift_clocks,
 )
