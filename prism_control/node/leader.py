@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Final
 
 from prism_common.addresses import parse_address
@@ -14,6 +15,8 @@ from prism_control.dispatch import Dispatcher, Office
 from prism_control.metrics import LeaderMetrics
 from prism_control.node.driver import Driver
 from prism_control.node.replica import Replica
+from prism_control.raft.errors import InvalidRequestError, NotReadyError
+from prism_control.raft.errors import NotLeaderError as RaftNotLeaderError
 from prism_control.raft.types import Member
 from prism_control.scheduler.core import Scheduler
 from prism_control.scheduler.deadlines import Deadlines
@@ -28,6 +31,11 @@ logger = logging.getLogger(__name__)
 
 #: How often silence and deadlines are looked at.
 _WATCH_INTERVAL_S: Final = 0.25
+#: A leader whose disk has been full for so long hands over, and not again before the pause is over:
+#: the others' disks may be full as well.
+_FULL_PATIENCE_S: Final = 0.5
+_HAND_OVER_PAUSE_S: Final = 10.0
+_HAND_OVER_TIMEOUT_S: Final = 5.0
 #: After a failed proposal, before the next one: as long as its error says, within these.
 _PAUSE_MIN_S: Final = 0.1
 _PAUSE_MAX_S: Final = 2.0
@@ -55,7 +63,9 @@ class Leadership:
         batcher: Batcher,
         dispatcher: Dispatcher,
         metrics: LeaderMetrics,
+        has_room: Callable[[], bool],
     ) -> None:
+        self._has_room = has_room
         self._cluster_id = cluster_id
         self._me = me
         self._driver = driver
@@ -111,6 +121,7 @@ class Leadership:
                 tasks = [
                     duties.create_task(self._place(self._scheduler)),
                     duties.create_task(self._watch(self._liveness, self._deadlines)),
+                    duties.create_task(self._make_way_when_full()),
                 ]
                 while self._driver.leads and self._driver.core.term == term:
                     await self._driver.changed.wait()
@@ -198,6 +209,36 @@ class Leadership:
                     logger.warning("%s was not committed: %s", type(command).__name__, error)
                     await _pause(error)
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    async def _make_way_when_full(self) -> None:
+        """Hand leadership over when this disk takes no more: others may have room."""
+        full_s = 0.0
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            full_s = 0.0 if self._has_room() else full_s + _WATCH_INTERVAL_S
+            successor = self._successor() if full_s > _FULL_PATIENCE_S else None
+            if successor is None:
+                continue
+            logger.warning("the disk is full: leadership is handed to %s", successor.name)
+            try:
+                async with asyncio.timeout(_HAND_OVER_TIMEOUT_S):
+                    await self._driver.transfer_leadership(successor.id)
+            except (RaftNotLeaderError, InvalidRequestError, NotReadyError, TimeoutError) as error:
+                logger.warning("leadership was not handed over: %s", error)
+            await asyncio.sleep(_HAND_OVER_PAUSE_S)
+
+    def _successor(self) -> Member | None:
+        """Return the other voter that has most of the log."""
+        core = self._driver.core
+        if core.replication is None:
+            return None
+        progress = core.replication.progress
+        voters = [
+            member
+            for member in core.configuration.members
+            if member.id != self._me.id and member.id in core.configuration.voters
+        ]
+        return max(voters, key=lambda member: progress[member.id].match, default=None)
 
 
 async def _pause(error: PrismError) -> None:

@@ -270,7 +270,7 @@ class ControlNode:
         )  # fmt: skip
         self._leadership = Leadership(
             identity.cluster_id, self._me, driver, self._replica, batcher, dispatcher,
-            self._metrics.leader,
+            self._metrics.leader, directory.has_room,
         )  # fmt: skip
         self._open(identity.cluster_id, driver, transport, snapshots, raft_service)
         try:

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import grpc
 import pytest
+from prism.cluster.v1 import cluster_pb2, cluster_pb2_grpc
 
-from tests.integration.harness import ControlNode, cluster, logs_on_failure, reason_of, wait_for
+from tests.integration.harness import (
+    WAIT_S,
+    ControlNode,
+    cluster,
+    logs_on_failure,
+    reason_of,
+    wait_for,
+)
 
 
 def test_a_follower_that_is_far_behind_gets_a_snapshot(tmp_path: Path) -> None:
@@ -137,3 +145,26 @@ def test_a_snapshot_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         assert node.wait() == 1
         assert "is corrupt" in node.log
         assert "Traceback" not in node.log
+
+
+def test_a_leader_whose_disk_is_full_makes_way_for_one_that_has_room(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    with cluster(tmp_path, 3, start=False) as made:
+        small = made.nodes[0]
+        small.data = small_disk / "data"
+        made.start()
+        if made.leader() is not small:
+            cluster_pb2_grpc.ClusterServiceStub(small.channel).TransferLeadership(
+                cluster_pb2.TransferLeadershipRequest(peer=small.name), timeout=WAIT_S
+            )
+        assert made.leader() is small
+        kept = small.create("before").id
+        _fill(small_disk, 8 * 2**20)
+        other = wait_for(
+            "another leads", lambda: next((n for n in made.nodes if n.leads and n != small), None)
+        )
+        assert "the disk is full: leadership is handed to" in small.log
+        # Also through the one that is full: it forwards.
+        later = small.create("after").id
+        assert {row.id for row in other.list_all()} == {kept, later}

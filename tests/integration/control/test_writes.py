@@ -168,7 +168,9 @@ def test_without_a_majority_writes_are_refused_in_words_and_stale_reads_go_on(
         for node in made.nodes:
             if node is not survivor:
                 node.kill()
-        text = survivor.wait_readyz(503, r"2 of 3 voters unreachable since \d{4}-\d\d-\d\d .*, \d+ s ")
+        text = survivor.wait_readyz(
+            503, r"2 of 3 voters unreachable since \d{4}-\d\d-\d\d .*, \d+ s "
+        )
         assert "start them again" in text
         assert [row.name for row in survivor.list_all(STALE)] == ["before"]
         assert [w for w in survivor.cluster().warnings if "2 of 3 voters" in w]
