@@ -3,8 +3,8 @@
     .venv/bin/python bench/state_size.py --sandboxes=100000
 
 One control node without agents, so that all of them wait. The pause is what a client sees: it reads
-one row, stale, again and again, while the node takes snapshots; the longest answer less the median is how
-long the loop was held up at worst.
+one row, stale, again and again, while the node takes snapshots; the longest answer less the median
+is how long the loop was held up at worst.
 """
 
 import argparse

@@ -61,10 +61,10 @@ def wait_for(what: str, look: Callable[[], T | None], timeout_s: float = WAIT_S)
         time.sleep(0.02)
 
 
-def environment() -> dict[str, str]:
-    """Return what a daemon is started with: nothing of PRISM_… from outside."""
+def environment(code: Path = ROOT) -> dict[str, str]:
+    """Return what a daemon of this code is started with: nothing of PRISM_… from outside."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PRISM_")}
-    return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto'}"}
+    return {**kept, "PYTHONPATH": f"{code}{os.pathsep}{code / 'proto'}"}
 
 
 def run_prismd(*flags: str, timeout_s: float = WAIT_S) -> subprocess.CompletedProcess[str]:
@@ -82,6 +82,8 @@ class ControlNode:
         self.name = name
         self.flags = tuple(flags)
         self.directory = directory
+        #: The checkout whose code it runs.
+        self.code = ROOT
         self.data = directory / "data"
         self.log_file = directory / "log"
         self.raft, self.api, self.metrics = (f"127.0.0.1:{free_port()}" for _ in range(3))
@@ -107,7 +109,8 @@ class ControlNode:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "prism_control.main", *self.address_flags, *self.flags,
                  *flags],
-                env=environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env=environment(self.code), cwd=self.code,
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         return self
 

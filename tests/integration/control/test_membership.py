@@ -18,6 +18,7 @@ from tests.integration.harness import (
     run_prismd,
     wait_for,
 )
+from tests.integration.load import Load
 
 
 def service(node: ControlNode) -> cluster_pb2_grpc.ClusterServiceStub:
@@ -45,31 +46,45 @@ def remove(node: ControlNode, name: str) -> None:
     service(node).RemovePeer(cluster_pb2.RemovePeerRequest(peer=name), timeout=WAIT_S)
 
 
-def test_three_become_five_and_three_again_while_serving(tmp_path: Path) -> None:
-    with cluster(tmp_path, 3) as made, logs_on_failure():
+def leave(made: Cluster, node: ControlNode) -> None:
+    """Remove a node through another, and stop it."""
+    stays = next(n for n in made.running if n is not node)
+    made.nodes.remove(node)
+    remove(stays, node.name)
+    assert node.stop() == 0
+
+
+def test_three_become_seven_and_three_again_while_serving(tmp_path: Path) -> None:
+    left: list[ControlNode] = []
+    with cluster(tmp_path, 3) as made, Load(made, clients=2, pause_s=0.01) as load:
         made.nodes[0].create("before")
-        for name in ("n4", "n5"):
+        for name in ("n4", "n5", "n6", "n7"):
             node = join(made, tmp_path, name)
             node.create(f"by-{name}")
             assert {s.name for s in node.list_all()} >= {"before", f"by-{name}"}
-        leader = made.leader()
-        assert voters(leader) == {"n1", "n2", "n3", "n4", "n5"}
-        follower = made.followers()[0]
-        # The leader itself, and one more; each through a node that stays.
-        remove(follower, leader.name)
-        leader.wait_readyz(503, "removed from the cluster")
-        assert leader.stop() == 0
-        made.nodes.remove(leader)
-        gone = made.followers()[0]
-        stays = next(n for n in made.nodes if n is not gone)
-        remove(stays, gone.name)
-        assert gone.stop() == 0
-        made.nodes.remove(gone)
-        assert voters(made.leader()) == {n.name for n in made.nodes}
-        stays.create("after")
-        assert {s.name for s in stays.list_all()} == {"before", "by-n4", "by-n5", "after"}
-        leader.close()
-        gone.close()
+        assert voters(made.leader()) == {f"n{number}" for number in range(1, 8)}
+        # The leader itself, twice, and two others.
+        for _ in range(2):
+            left += [made.leader(), made.followers()[0]]
+            leader = left[-2]
+            stays = next(n for n in made.running if n is not leader)
+            made.nodes.remove(leader)
+            remove(stays, leader.name)
+            leader.wait_readyz(503, "removed from the cluster")
+            assert leader.stop() == 0
+            leave(made, left[-1])
+        assert voters(made.leader()) == {node.name for node in made.nodes}
+        assert len(made.nodes) == 3
+        load.stop()
+        made.nodes[0].create("after")
+        for node in made.nodes:
+            assert load.lost_and_duplicated(node) == (0, 0)
+            assert {"before", "by-n7", "after"} <= {s.name for s in node.list_all()}
+        # No change of members holds anybody up for as long as an election.
+        assert load.longest_gap_s() < 3.0
+        assert len(load.acknowledged) > 50
+        for node in left:
+            node.close()
 
 
 def test_a_lost_member_is_replaced_under_its_name(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""A rolling upgrade from the last release, and one step back, under clients that never stop."""
+
+import subprocess
+import tarfile
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.integration.harness import ROOT, ControlNode, cluster, wait_for
+from tests.integration.load import Load
+
+#: The commit of the last release: its code is taken from the history of this repository.
+LAST_RELEASE: Final = (Path(__file__).with_name("last_release.txt")).read_text().strip()
+#: Only code since then counts these.
+_ONLY_NEW: Final = "prism_raft_snapshot_transfers_total"
+
+
+@pytest.fixture(scope="module")
+def last_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code of the last release."""
+    archive = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", LAST_RELEASE, "prism_common", "prism_control", "proto"],
+        capture_output=True,
+        check=False,
+    )
+    if archive.returncode != 0:
+        pytest.skip(f"the history lacks the last release, {LAST_RELEASE}: a shallow clone?")
+    code = tmp_path_factory.mktemp("last-release")
+    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
+        files.extractall(code, filter="data")
+    return code
+
+
+def is_new(node: ControlNode) -> bool:
+    """Whether a running node runs the code of this checkout."""
+    return _ONLY_NEW in node.get("/metrics")[1]
+
+
+def change_code(node: ControlNode, code: Path) -> None:
+    """Stop a node, and start it with other code on the same data."""
+    assert node.stop() == 0, node.log[-2000:]
+    node.code = code
+    node.start().wait_ready()
+    assert is_new(node) == (code == ROOT)
+
+
+def snapshots_installed(node: ControlNode) -> int:
+    return node.log.count("installing snapshot")
+
+
+def test_members_are_upgraded_one_by_one_while_clients_write(
+    tmp_path: Path, last_release: Path
+) -> None:
+    with cluster(tmp_path, 3, "--snapshot-entries=100", start=False) as made:
+        for node in made.nodes:
+            node.code = last_release
+        made.start()
+        assert not any(is_new(node) for node in made.nodes)
+        with Load(made, clients=2, pause_s=0.005) as load:
+            first, second = made.followers()
+            leader = made.leader()
+            change_code(first, ROOT)
+            # The other follower is so far behind that an old leader sends a new member a snapshot.
+            behind = leader.metric("prism_raft_last_index")
+            assert second.stop() == 0
+            second.code = ROOT
+            wait_for(
+                "the leader goes on",
+                lambda: leader.metric("prism_raft_last_index") > behind + 300,
+            )
+            installed = snapshots_installed(second)
+            second.start().wait_ready()
+            wait_for("a snapshot arrives", lambda: snapshots_installed(second) > installed)
+            change_code(leader, ROOT)
+            assert all(is_new(node) for node in made.nodes)
+
+            # One goes back, and is sent a snapshot by a new leader; and is upgraded again.
+            back = made.followers()[0]
+            assert back.stop() == 0
+            back.code = last_release
+            leader = made.leader()
+            behind = leader.metric("prism_raft_last_index")
+            wait_for(
+                "the leader goes on",
+                lambda: leader.metric("prism_raft_last_index") > behind + 300,
+            )
+            installed = snapshots_installed(back)
+            back.start().wait_ready()
+            wait_for("a snapshot arrives", lambda: snapshots_installed(back) > installed)
+            assert not is_new(back)
+            change_code(back, ROOT)
+        for node in made.nodes:
+            assert load.lost_and_duplicated(node) == (0, 0)
+            assert "Traceback" not in node.log
+        assert len(load.acknowledged) > 600
+
+
+def test_data_of_the_last_release_is_read(tmp_path: Path, last_release: Path) -> None:
+    node = ControlNode(tmp_path / "node", "n1", ["--bootstrap", "--snapshot-entries=20"])
+    node.code = last_release
+    try:
+        node.start().wait_ready()
+        kept = {node.create(f"s{number}").id for number in range(50)}
+        change_code(node, ROOT)
+        assert {row.id for row in node.list_all()} == kept
+        node.create("s50")
+        node.kill()
+        node.start().wait_ready()
+        assert len(node.list_all()) == 51
+    finally:
+        node.close()
