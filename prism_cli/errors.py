@@ -1,9 +1,12 @@
 """Failures as one clear line on standard error, and the exit status that goes with it."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Final
 
 import typer
@@ -36,7 +39,7 @@ FLAG_OF_FIELD: Final = {
     "spec.limits.memory_bytes": "--memory",
     "spec.limits.disk_bytes": "--disk",
     "spec.limits.processes_max": "--processes",
-    "label_selector": "--label",
+    "label_selector": "--selector",
     "states": "--state",
     "grace_period": "--grace",
     "argv": "COMMAND",
@@ -83,7 +86,8 @@ class LeavingError(Exception):
 def reported(settings: Settings) -> Iterator[None]:
     """Turn expected failures into one line and an exit status."""
     try:
-        yield
+        with leaving_by_signal():
+            yield
         sys.stdout.flush()
     except PrismError as error:
         report(error, settings)
@@ -100,6 +104,27 @@ def reported(settings: Settings) -> Iterator[None]:
     except BrokenPipeError:
         silence_stdout()
         raise typer.Exit(EXIT_BROKEN_PIPE) from None
+
+
+@contextmanager
+def leaving_by_signal() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind this program, so that nothing is left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may have handlers
+        return
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        raise LeavingError(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup stays nohup
+            signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _say_nothing(_: object) -> None:

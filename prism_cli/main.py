@@ -6,7 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
-from prism_cli import cluster, completion, doctor, node, peer, sandbox, sandbox_exec, sandbox_logs
+from prism_cli import (
+    cluster,
+    completion,
+    doctor,
+    node,
+    peer,
+    sandbox,
+    sandbox_exec,
+    sandbox_logs,
+    sandbox_verbs,
+)
 from prism_cli.options import keyword_options, merge, new_app
 from prism_common import __version__
 
@@ -52,7 +62,7 @@ cluster.register(app)
 doctor.register(app)
 completion.register(app)
 #: Imported for the commands that they add to `sandbox`.
-_MORE_OF_SANDBOX = (sandbox_exec, sandbox_logs)
+_MORE_OF_SANDBOX = (sandbox_exec, sandbox_logs, sandbox_verbs)
 
 
 def main() -> None:

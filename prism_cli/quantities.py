@@ -118,6 +118,12 @@ def parse_pairs(texts: list[str] | None, flag: str, example: str) -> dict[str, s
     return pairs
 
 
+def parse_selector(texts: list[str] | None) -> dict[str, str]:
+    """Return the labels that several KEY=VALUE[,KEY=VALUE…] ask for."""
+    parts = [part for text in texts or () for part in text.split(",")]
+    return parse_pairs(parts, "--selector", "team=search,env=test")
+
+
 def format_cpu(millicores: int) -> str:
     """Return `500m`, `2` or `1.5`, as parse_cpu reads it."""
     if millicores % 1000 == 0:

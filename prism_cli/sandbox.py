@@ -1,7 +1,7 @@
-"""`prismctl sandbox`: create, list, describe, start, stop and remove."""
+"""`prismctl sandbox`: create, list and describe; and the options that other verbs share."""
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -12,8 +12,6 @@ from prism_cli.options import Format, Settings, command, new_app
 if TYPE_CHECKING:
     from prism.sandbox.v1 import sandbox_pb2
 
-    from prism_cli.client import Client
-
 app = new_app("Create sandboxes, run code in them, and remove them.")
 
 #: As in the proto, which is not loaded for this list.
@@ -21,6 +19,10 @@ STATES: Final = (
     "PENDING", "SCHEDULED", "STARTING", "READY", "PAUSED", "STOPPING", "STOPPED", "FAILED",
     "LOST", "DELETING", "DELETED",
 )  # fmt: skip
+
+
+#: Past it a number is a typing error: more than the largest cluster that was measured.
+COUNT_MAX: Final = 100_000
 
 
 class SortKey(str, Enum):  # noqa: UP042
@@ -93,6 +95,16 @@ Label = Annotated[
     list[str] | None,
     typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label; may be given again."),
 ]
+Selector = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--selector",
+        "--label",
+        "-l",
+        metavar="KEY=VALUE[,…]",
+        help="Only those with all of these labels; may be given again.",
+    ),
+]
 Ttl = Annotated[
     float | None,
     typer.Option(
@@ -158,6 +170,8 @@ Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is d
         "prismctl sandbox create",
         "prismctl sandbox create web --cpu 2 --memory 1Gi --ttl 1h",
         "prismctl sandbox create --env MODE=test --label team=search --no-wait",
+        "prismctl sandbox create --count 1000 --name worker --label job=42",
+        "prismctl sandbox create -f sandboxes.yaml",
         'NAME=$(prismctl sandbox create) && prismctl sandbox exec "$NAME" -- uname -a',
     ],
 )
@@ -168,6 +182,21 @@ def create(
     ] = None,
     name_option: Annotated[
         str | None, typer.Option("--name", metavar="NAME", help="The same as the argument.")
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--count", metavar="N", min=1, max=COUNT_MAX, help="So many: NAME-1 to NAME-N."
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            help="YAML or JSON, one or many, with the flags' names as keys; -: standard input.",
+        ),
     ] = None,
     image: Image = "host",
     cpu: Cpu = None,
@@ -185,41 +214,43 @@ def create(
     request_id: RequestId = None,
     wait: Wait = True,
 ) -> None:
-    """Create a sandbox, and print its name once it is ready.
+    """Create a sandbox, or many, and print each name once it is ready.
 
-    With --no-wait it is printed once the decision is committed.
+    With --no-wait a name is printed once the decision is committed. Of many, those that fail are
+    listed with the reason, and the exit status is 1; the others are kept.
     """
-    from prism_cli.client import Client
-    from prism_cli.creation import create_sandbox, make_request
-    from prism_cli.output import spinner
-    from prism_cli.watching import READY, wait_until
+    from prism_cli.creation import make_request
+    from prism_cli.fleet import create_many, create_one, numbered, refuse_flags_beside_file
 
     if name and name_option and name != name_option:
         raise typer.BadParameter(f"NAME is {name!r} already", param_hint="'--name'")
-    request = make_request(
-        name=name or name_option or "",
-        image=image,
-        cpu=cpu,
-        memory=memory,
-        disk=disk,
-        processes=processes,
-        env=env,
-        label=label,
-        ttl=ttl,
-        idle_timeout=idle_timeout,
-        runtime=runtime,
-        node_selector=node_selector,
-        on_node_loss=on_node_loss.value,
-        priority=priority,
-        request_id=request_id,
-    )
-    with Client(settings) as client, spinner("creating a sandbox") as show:
-        sandbox = create_sandbox(client, request)
-        if wait:
-            sandbox = wait_until(
-                client, sandbox, READY, on_change=lambda seen: show(_progress(seen))
-            )
-    _write_result(settings, sandbox)
+    flags: dict[str, Any] = {
+        "name": name or name_option or "",
+        "image": image,
+        "cpu": cpu,
+        "memory": memory,
+        "disk": disk,
+        "processes": processes,
+        "env": env,
+        "label": label,
+        "ttl": ttl,
+        "idle_timeout": idle_timeout,
+        "runtime": runtime,
+        "node_selector": node_selector,
+        "on_node_loss": on_node_loss.value,
+        "priority": priority,
+        "request_id": request_id,
+    }
+    if file is not None:
+        from prism_cli.specs import read_specs
+
+        refuse_flags_beside_file({**flags, "count": count})
+        specs = read_specs(file)
+        create_many(settings, [make_request(**spec.values) for spec in specs], wait)
+    elif count is not None:
+        create_many(settings, numbered(make_request(**flags), count), wait)
+    else:
+        write_result(settings, create_one(settings, make_request(**flags), wait))
 
 
 @command(
@@ -227,7 +258,7 @@ def create(
     "ls",
     examples=[
         "prismctl sandbox ls",
-        "prismctl sandbox ls --state ready --label team=search --sort node",
+        "prismctl sandbox ls --state ready --selector team=search,env=test --sort node",
         "prismctl sandbox ls --watch",
         "prismctl -o json sandbox ls | jq '.[].name'",
     ],
@@ -235,7 +266,7 @@ def create(
 def ls(
     settings: Settings,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on with each change.")] = False,
-    label: Label = None,
+    selector: Selector = None,
     state: Annotated[
         list[str] | None,
         typer.Option(
@@ -252,7 +283,7 @@ def ls(
     from prism_cli.client import Client
     from prism_cli.listing import Listing
 
-    labels = quantities.parse_pairs(label, "--label", "team=search")
+    labels = quantities.parse_selector(selector)
     with Client(settings) as client:
         listing = Listing(client, settings.format, labels, state or [], node, sort.value)
         listing.run(watch)
@@ -281,182 +312,15 @@ def info(settings: Settings, name: Name) -> None:
     write_one(settings.format, sandbox, sandbox.name, columns)
 
 
-@command(
-    app,
-    "start",
-    examples=["prismctl sandbox start web"],
-)
-def start(settings: Settings, name: Name, wait: Wait = True) -> None:
-    """Start a stopped sandbox again, with its files."""
-    from prism.sandbox.v1 import sandbox_pb2
-
-    from prism_cli.client import Client
-    from prism_cli.creation import new_request_id
-    from prism_cli.output import spinner
-    from prism_cli.watching import READY, STOPPED, wait_until
-
-    with Client(settings) as client, spinner(f"starting {name}") as show:
-        request = sandbox_pb2.StartSandboxRequest(sandbox=name, request_id=new_request_id())
-        sandbox = client.call(lambda stubs: stubs.sandboxes.StartSandbox, request)
-        if wait:
-            sandbox = wait_until(
-                client, sandbox, READY, {STOPPED}, lambda seen: show(_progress(seen))
-            )
-    _write_result(settings, sandbox)
-
-
-@command(
-    app,
-    "stop",
-    examples=["prismctl sandbox stop web", "prismctl sandbox stop web --grace 30s"],
-)
-def stop(
-    settings: Settings,
-    name: Name,
-    grace: Annotated[
-        float | None,
-        typer.Option(
-            "--grace",
-            metavar="TIME",
-            parser=quantities.parse_duration,
-            help="From SIGTERM to SIGKILL.  [default: 5s]",
-        ),
-    ] = None,
-    wait: Wait = True,
-) -> None:
-    """End all processes of a sandbox, and keep its files."""
-    from prism.sandbox.v1 import sandbox_pb2
-
-    from prism_cli.client import Client
-    from prism_cli.creation import new_request_id, to_duration
-    from prism_cli.output import spinner
-    from prism_cli.watching import STOPPED, wait_until
-
-    with Client(settings) as client, spinner(f"stopping {name}") as show:
-        request = sandbox_pb2.StopSandboxRequest(
-            sandbox=name, request_id=new_request_id(), grace_period=to_duration(grace)
-        )
-        sandbox = client.call(lambda stubs: stubs.sandboxes.StopSandbox, request)
-        if wait:
-            client.timeout_s += grace or 0.0  # what was asked for does not count as late
-            sandbox = wait_until(
-                client, sandbox, STOPPED, on_change=lambda seen: show(_progress(seen))
-            )
-    _write_result(settings, sandbox)
-
-
-@command(app, "pause", examples=["prismctl sandbox pause web"])
-def pause(settings: Settings, name: Name, wait: Wait = True) -> None:
-    """Freeze all processes of a sandbox: they keep their memory and use no processor time."""
-    from prism.sandbox.v1 import sandbox_pb2
-
-    from prism_cli.client import Client
-    from prism_cli.creation import new_request_id
-    from prism_cli.output import spinner
-    from prism_cli.watching import PAUSED, wait_until
-
-    with Client(settings) as client, spinner(f"pausing {name}") as show:
-        request = sandbox_pb2.PauseSandboxRequest(sandbox=name, request_id=new_request_id())
-        sandbox = client.call(lambda stubs: stubs.sandboxes.PauseSandbox, request)
-        if wait:
-            sandbox = wait_until(
-                client, sandbox, PAUSED, on_change=lambda seen: show(_progress(seen))
-            )
-    _write_result(settings, sandbox)
-
-
-@command(app, "resume", examples=["prismctl sandbox resume web"])
-def resume(settings: Settings, name: Name, wait: Wait = True) -> None:
-    """Thaw a paused sandbox: its processes go on where they were."""
-    from prism.sandbox.v1 import sandbox_pb2
-
-    from prism_cli.client import Client
-    from prism_cli.creation import new_request_id
-    from prism_cli.output import spinner
-    from prism_cli.watching import READY, wait_until
-
-    with Client(settings) as client, spinner(f"resuming {name}") as show:
-        request = sandbox_pb2.ResumeSandboxRequest(sandbox=name, request_id=new_request_id())
-        sandbox = client.call(lambda stubs: stubs.sandboxes.ResumeSandbox, request)
-        if wait:
-            sandbox = wait_until(
-                client, sandbox, READY, on_change=lambda seen: show(_progress(seen))
-            )
-    _write_result(settings, sandbox)
-
-
-@command(
-    app,
-    "rm",
-    examples=[
-        "prismctl sandbox rm web",
-        "prismctl sandbox rm --force web api worker",
-        "prismctl sandbox ls -o name | xargs prismctl sandbox rm --no-wait",
-    ],
-)
-def rm(
-    settings: Settings,
-    names: Annotated[
-        list[str],
-        typer.Argument(metavar="NAME...", help="Names or ids.", autocompletion=complete_sandbox),
-    ],
-    force: Annotated[
-        bool, typer.Option("--force", "-f", help="Kill at once, with no grace period.")
-    ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait until nothing is left of it.")
-    ] = True,
-) -> None:
-    """Remove sandboxes, in whatever state they are. Each is reported by itself."""
-    from prism_cli.client import Client
-    from prism_cli.errors import EXIT_FAILED, UnreachableError, report
-    from prism_cli.output import as_data, spinner, write_data, write_lines
-    from prism_common.errors import PrismError
-
-    removed: list[object] = []
-    failed = False
-    with Client(settings) as client:
-        for name in names:
-            try:
-                with spinner(f"removing {name}"):
-                    sandbox = remove_sandbox(client, name, force=force, wait=wait)
-            except UnreachableError:
-                raise
-            except PrismError as error:
-                failed = True
-                report(error, settings, about=name if len(names) > 1 else "")
-                continue
-            removed.append(as_data(sandbox))
-            if settings.format in (Format.TABLE, Format.NAME):
-                write_lines([name])
-    if settings.format in (Format.JSON, Format.YAML):
-        write_data(settings.format, removed)
-    if failed:
-        raise typer.Exit(EXIT_FAILED)
-
-
-def remove_sandbox(
-    client: "Client", name: str, *, force: bool, wait: bool
-) -> "sandbox_pb2.Sandbox":
-    """Delete one sandbox; with `wait`, return once nothing is left of it."""
-    from prism.sandbox.v1 import sandbox_pb2
-
-    from prism_cli.creation import new_request_id
-
-    request = sandbox_pb2.DeleteSandboxRequest(
-        sandbox=name, request_id=new_request_id(), force=force, wait=wait
-    )
-    return client.call(lambda stubs: stubs.sandboxes.DeleteSandbox, request)
-
-
-def _progress(sandbox: "sandbox_pb2.Sandbox") -> str:
+def progress_of(sandbox: "sandbox_pb2.Sandbox") -> str:
+    """Return where a sandbox is, for people who wait for it."""
     from prism_cli.sandbox_views import node_of, state_of
 
     where = f" on {node_of(sandbox)}" if sandbox.node_id else ""
     return f"{sandbox.name}: {state_of(sandbox)}{where}"
 
 
-def _write_result(settings: Settings, sandbox: "sandbox_pb2.Sandbox") -> None:
+def write_result(settings: Settings, sandbox: "sandbox_pb2.Sandbox") -> None:
     """Write what a change came to: the name, so that a script can keep it."""
     from prism_cli.output import as_data, write_data, write_lines
 

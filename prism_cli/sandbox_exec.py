@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -232,7 +231,7 @@ def run(
     start = make_start(
         argv, stdin=interactive, tty=tty, env=None, cwd=cwd, user=user, exec_timeout=exec_timeout
     )
-    with Client(settings) as client, removed_after(client, request) as keep, leaving_by_signal():
+    with Client(settings) as client, removed_after(client, request) as keep:
         with spinner("creating a sandbox"):
             sandbox = create_sandbox(client, request)
             keep.CopyFrom(sandbox)
@@ -255,7 +254,7 @@ def removed_after(
 
     from prism_cli.creation import create_sandbox
     from prism_cli.errors import LeavingError, say
-    from prism_cli.sandbox import remove_sandbox
+    from prism_cli.sandbox_verbs import remove_sandbox
     from prism_common.errors import PrismError
 
     sandbox = sandbox_pb2.Sandbox()
@@ -277,25 +276,6 @@ def removed_after(
                 f"sandbox {sandbox.name or request.request_id} may be left ({why}); "
                 f"remove it: prismctl sandbox rm {sandbox.name or 'NAME'}"
             )
-
-
-@contextmanager
-def leaving_by_signal() -> "Iterator[None]":
-    """Let SIGTERM and SIGHUP unwind this program, so that nothing is left behind."""
-    from prism_cli.errors import LeavingError
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        raise LeavingError(number)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def make_start(

@@ -1,13 +1,13 @@
 """Watches that survive broken streams, and waiting for a sandbox to come to a state."""
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 import grpc
 from prism.sandbox.v1 import sandbox_pb2 as pb
 
-from prism_cli.client import Backoff, Client, Deadline, resume_wait_s
+from prism_cli.client import Backoff, Client, Deadline, list_sandboxes, resume_wait_s
 from prism_cli.errors import CliError, UnreachableError
 from prism_cli.output import state_name
 from prism_common.errors import PrismError
@@ -95,6 +95,57 @@ def wait_until(
         sandbox = client.call(lambda stubs: stubs.sandboxes.GetSandbox, request)
 
 
+def wait_for_all(
+    client: Client, sandboxes: Sequence[pb.Sandbox], wanted: int
+) -> Iterator[tuple[pb.Sandbox, PrismError | None]]:
+    """Yield each sandbox once it is in the wanted state, or cannot come to it, with why.
+
+    It gives up on the rest once none has changed for as long as a call may take.
+    """
+    left = {sandbox.id: sandbox for sandbox in sandboxes}
+    patience = Deadline(client.timeout_s)
+    while left:
+        found, revision = list_sandboxes(client, pb.ListSandboxesRequest())
+        late = patience.left_s <= 0.0
+        now = {sandbox.id: sandbox for sandbox in found if sandbox.id in left}
+        for sandbox in list(left.values()):
+            gone = pb.Sandbox(id=sandbox.id, name=sandbox.name, state=pb.SANDBOX_STATE_DELETED)
+            seen = now.get(sandbox.id, gone)
+            settled, failure = _settled(seen, wanted)
+            if late and not settled:
+                settled, failure = True, _too_late(client, seen, wanted)
+            if settled:
+                del left[sandbox.id]
+                patience = Deadline(client.timeout_s)
+                yield seen, failure
+        request = pb.WatchSandboxesRequest(revision=revision)
+        try:
+            for response in watch(client, request, patience) if left else ():
+                sandbox = response.sandbox
+                if sandbox.id not in left:
+                    continue
+                patience = Deadline(client.timeout_s)
+                settled, failure = _settled(sandbox, wanted)
+                if settled:
+                    del left[sandbox.id]
+                    yield sandbox, failure
+                if not left:
+                    return
+        except RemoteError as error:
+            again = (grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            if error.status_code not in again:
+                raise
+
+
+def _settled(sandbox: pb.Sandbox, wanted: int) -> tuple[bool, PrismError | None]:
+    """Return whether there is nothing more to wait for, and why not what was wanted."""
+    if sandbox.state == wanted:
+        return True, None
+    if sandbox.state in _ENDS:
+        return True, CliError(f"sandbox {sandbox.name} is {_why(sandbox)}")
+    return False, None
+
+
 def _states(client: Client, sandbox: pb.Sandbox, deadline: Deadline) -> Iterator[pb.Sandbox]:
     yield sandbox
     request = pb.WatchSandboxesRequest(sandbox=sandbox.id, revision=sandbox.revision)
@@ -115,6 +166,10 @@ def _late(client: Client, sandbox: pb.Sandbox, wanted: int) -> CliError:
         sandbox = client.call(lambda stubs: stubs.sandboxes.GetSandbox, request, 2.0)
     except RemoteError:
         pass  # what was seen last has to do
+    return _too_late(client, sandbox, wanted)
+
+
+def _too_late(client: Client, sandbox: pb.Sandbox, wanted: int) -> CliError:
     refusals = ", ".join(f"{one.node_name}: {one.reason}" for one in sandbox.placement)
     if sandbox.state == pb.SANDBOX_STATE_PENDING and not refusals:
         refusals = sandbox.message or "no node takes it"

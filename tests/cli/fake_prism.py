@@ -23,12 +23,19 @@ WAIT_S = 20.0
 
 
 def abort(
-    context: grpc.ServicerContext, failure: errors.PrismError | status_pb2.Status
+    context: "grpc.ServicerContext | _ItemContext", failure: errors.PrismError | status_pb2.Status
 ) -> NoReturn:
+    if isinstance(context, _ItemContext):
+        assert isinstance(failure, errors.PrismError)
+        raise failure
     status = to_status(failure) if isinstance(failure, errors.PrismError) else failure
     context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
     context.abort(code_named(status.code), status.message)
     raise AssertionError("abort returns never")
+
+
+class _ItemContext:
+    """Stands for the call of one item of a batch: a failure is the item's own."""
 
 
 class FakeExec:
@@ -221,7 +228,7 @@ class FakePrism(
             self.changed.notify_all()
             return sandbox
 
-    def _begin(self, method: str, request: Any, context: grpc.ServicerContext) -> None:
+    def _begin(self, method: str, request: Any, context: Any) -> None:
         with self.changed:
             self.calls.append((method, request))
             failure = self.failures[method].popleft() if self.failures[method] else None
@@ -229,7 +236,7 @@ class FakePrism(
         if failure is not None:
             abort(context, failure)
 
-    def _find(self, text: str, context: grpc.ServicerContext) -> pb.Sandbox:
+    def _find(self, text: str, context: Any) -> pb.Sandbox:
         for sandbox in list(self.sandboxes.values()):
             if text in (sandbox.id, sandbox.name):
                 return sandbox
@@ -324,6 +331,24 @@ class FakePrism(
         self._begin("DeleteSandbox", request, context)
         sandbox = self._find(request.sandbox, context)
         return self.put(sandbox.name, pb.SANDBOX_STATE_DELETED)
+
+    def BatchCreateSandboxes(self, request: Any, context: Any) -> pb.BatchCreateSandboxesResponse:
+        self._begin("BatchCreateSandboxes", request, context)
+        results = [self._item(self.CreateSandbox, one) for one in request.requests]
+        return pb.BatchCreateSandboxesResponse(results=results)
+
+    def BatchDeleteSandboxes(self, request: Any, context: Any) -> pb.BatchDeleteSandboxesResponse:
+        self._begin("BatchDeleteSandboxes", request, context)
+        results = [self._item(self.DeleteSandbox, one) for one in request.requests]
+        return pb.BatchDeleteSandboxesResponse(results=results)
+
+    @staticmethod
+    def _item(call: Callable[[Any, Any], pb.Sandbox], request: Any) -> pb.ItemResult:
+        try:
+            return pb.ItemResult(sandbox=call(request, _ItemContext()))
+        except errors.PrismError as error:
+            code = to_status(error).code
+            return pb.ItemResult(code=code, reason=error.code, message=error.message)
 
     # ── Execs ────────────────────────────────────────────────────────────────────────────────
 

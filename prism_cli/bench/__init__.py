@@ -1,0 +1,1 @@
+"""`prismctl bench`: load on a cluster, and what came of it."""

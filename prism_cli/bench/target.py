@@ -1,0 +1,295 @@
+"""The cluster under load: who leads it, and calls that keep count of what was acknowledged."""
+
+import asyncio
+import itertools
+import secrets
+import time
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import Final, Self, TypeVar
+
+import grpc
+import grpc.aio
+from prism.cluster.v1 import cluster_pb2, cluster_pb2_grpc
+from prism.node.v1 import node_pb2, node_pb2_grpc
+from prism.sandbox.v1 import sandbox_pb2 as pb
+from prism.sandbox.v1 import sandbox_pb2_grpc
+
+from prism_cli.errors import CliError, UnreachableError
+from prism_common.channels import open_channel
+from prism_common.status import from_rpc_error
+
+Item = TypeVar("Item")
+
+LABEL: Final = "prism-bench"
+BATCH_ITEMS: Final = 1000
+BATCH_CALLS: Final = 10
+_PAGE_SIZE: Final = 1000
+_FIND_TIMEOUT_S: Final = 3.0
+#: What a full queue refuses is removed in the end by asking again so often.
+_REMOVE_ATTEMPTS: Final = 20
+
+
+class Target:
+    """Connections to a cluster's leader and to one follower, and this run's sandboxes.
+
+    Args:
+        addresses: API addresses to find the leader by.
+        timeout_s: Bound of each call.
+        real: Whether control-plane load may start real sandboxes.
+    """
+
+    def __init__(self, addresses: Sequence[str], timeout_s: float, real: bool) -> None:
+        self._addresses = addresses
+        self.timeout_s = timeout_s
+        self.real = real
+        self.run_id = f"bench-{secrets.token_hex(4)}"
+        self.leader_address = self.follower_address = ""
+        #: Ready runtimes of the nodes, with how many nodes have each.
+        self.runtimes: Counter[str] = Counter()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        await self._find()
+        self.leader = await self._stub(self.leader_address)
+        self.follower = await self._stub(self.follower_address) if self.follower_address else None
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _stub(self, address: str) -> "sandbox_pb2_grpc.SandboxServiceAsyncStub":
+        channel = await self._stack.enter_async_context(open_channel(address))
+        return sandbox_pb2_grpc.SandboxServiceStub(channel)
+
+    async def _find(self) -> None:
+        """Learn the leader, a follower and the nodes' runtimes from the first that answers.
+
+        Raises:
+            UnreachableError: No address answers.
+            CliError: No leader is known.
+        """
+        for address in self._addresses:
+            async with open_channel(address) as channel:
+                stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+                try:
+                    cluster = await stub.GetCluster(
+                        cluster_pb2.GetClusterRequest(), timeout=_FIND_TIMEOUT_S
+                    )
+                    peers = await stub.ListPeers(
+                        cluster_pb2.ListPeersRequest(), timeout=_FIND_TIMEOUT_S
+                    )
+                    if not cluster.leader_api_address:
+                        continue
+                    await self._find_runtimes(channel)
+                except grpc.aio.AioRpcError:
+                    continue
+            self.leader_address = cluster.leader_api_address
+            self.follower_address = next(
+                (
+                    peer.api_address
+                    for peer in peers.peers
+                    if peer.role == cluster_pb2.PEER_ROLE_FOLLOWER
+                    and peer.api_address
+                    and peer.reachable
+                ),
+                "",
+            )
+            return
+        raise UnreachableError(
+            f"no answer from a cluster with a leader at {', '.join(self._addresses)}; start one, "
+            "or name it with --api HOST:PORT"
+        )
+
+    async def _find_runtimes(self, channel: grpc.aio.Channel) -> None:
+        stub = node_pb2_grpc.NodeServiceStub(channel)
+        request = node_pb2.ListNodesRequest(page_size=_PAGE_SIZE)
+        self.runtimes.clear()
+        while True:
+            page = await stub.ListNodes(request, timeout=_FIND_TIMEOUT_S)
+            for node in page.nodes:
+                if node.state == node_pb2.NODE_STATE_READY:
+                    self.runtimes.update(each.name for each in node.runtimes if each.ready)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    # ── requests ──
+
+    def request(self, runtime: str, *, ready: bool) -> pb.CreateSandboxRequest:
+        """Return a create of a small sandbox of this run."""
+        return pb.CreateSandboxRequest(
+            request_id=str(uuid.uuid4()),
+            wait_until=pb.WAIT_UNTIL_READY if ready else pb.WAIT_UNTIL_COMMITTED,
+            spec=pb.SandboxSpec(
+                labels={LABEL: self.run_id},
+                runtime=runtime,
+                limits=pb.Limits(
+                    cpu_millicores=10, memory_bytes=64 << 20, disk_bytes=8 << 20
+                ) if runtime != "fake" else pb.Limits(
+                    cpu_millicores=10, memory_bytes=16 << 20, disk_bytes=1 << 20
+                ),
+            ),
+        )  # fmt: skip
+
+    async def list_run(self) -> list[str]:
+        """Return the ids of this run's sandboxes, by linearizable reads."""
+        found: list[str] = []
+        request = pb.ListSandboxesRequest(
+            page_size=_PAGE_SIZE, label_selector={LABEL: self.run_id}
+        )
+        while True:
+            page = await self.leader.ListSandboxes(request, timeout=self.timeout_s)
+            found += [sandbox.id for sandbox in page.sandboxes]
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def remove_run(self) -> None:
+        """Remove every sandbox of this run, also those whose create was never answered.
+
+        Raises:
+            CliError: Some could not be removed.
+        """
+        reason = ""
+        for _ in range(_REMOVE_ATTEMPTS):
+            try:
+                left = await self.list_run()
+                if not left:
+                    return
+                refused = await self.delete(left)
+                reason = ", ".join(refused)
+            except grpc.aio.AioRpcError as error:
+                # Between two leaders: the next attempt finds the new one.
+                reason = from_rpc_error(error).code
+                await asyncio.sleep(0.5)
+                continue
+            if refused:
+                await asyncio.sleep(0.5)
+        raise CliError(
+            f"sandboxes of this run are left ({reason or 'they do not end'}); remove them: "
+            f"prismctl sandbox rm --selector {LABEL}={self.run_id}"
+        )
+
+    async def delete(self, ids: Sequence[str]) -> Counter[str]:
+        """Delete in batches and wait until nothing is left; return refusals by reason."""
+        refused: Counter[str] = Counter()
+
+        async def one(part: Sequence[str]) -> None:
+            requests = [pb.DeleteSandboxRequest(sandbox=each, force=True, wait=True) for each in part]
+            answer = await self.leader.BatchDeleteSandboxes(
+                pb.BatchDeleteSandboxesRequest(requests=requests), timeout=self.timeout_s
+            )
+            refused.update(result.reason for result in answer.results if result.code)
+
+        parts = [ids[begin : begin + BATCH_ITEMS] for begin in range(0, len(ids), BATCH_ITEMS)]
+        await each_of(parts, BATCH_CALLS, one)
+        return refused
+
+
+class Tally:
+    """What a load was told."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self._cpu = time.process_time()
+        #: Acknowledged sandboxes, without their specs' weight.
+        self.ids: list[str] = []
+        self.create_times_s: list[float] = []
+        self.refused: Counter[str] = Counter()
+        self.timeline: list[tuple[float, float]] = []
+
+    def acknowledge(self, sandbox: pb.Sandbox, since: float) -> None:
+        """Count a success that was due at `since`."""
+        now = time.perf_counter()
+        self.ids.append(sandbox.id)
+        self.create_times_s.append(sandbox.create_time.ToNanoseconds() / 1e9)
+        self.timeline.append((now - self.started, now - since))
+
+    @property
+    def latencies_s(self) -> list[float]:
+        """Latency of each success."""
+        return [latency for _, latency in self.timeline]
+
+    @property
+    def took_s(self) -> float:
+        """From the beginning to the last success."""
+        return max((at for at, _ in self.timeline), default=0.0)
+
+    def client_cpu(self) -> float:
+        """Return the share of a core that this process took since the beginning."""
+        took_s = time.perf_counter() - self.started
+        return (time.process_time() - self._cpu) / took_s if took_s else 0.0
+
+
+async def each_of(
+    items: Iterable[Item], in_flight: int, work: Callable[[Item], Awaitable[None]]
+) -> None:
+    """Work on all items with a bounded number in flight."""
+    rest = iter(items)
+
+    async def worker() -> None:
+        for item in rest:
+            await work(item)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(in_flight):
+            group.create_task(worker())
+
+
+async def create(
+    target: Target, tally: Tally, request: pb.CreateSandboxRequest, since: float | None = None,
+    through: "sandbox_pb2_grpc.SandboxServiceAsyncStub | None" = None,
+) -> None:  # fmt: skip
+    """Create one sandbox, timed from when it was due; a refusal is counted, and not tried again."""
+    due = time.perf_counter() if since is None else since
+    stub = target.leader if through is None else through
+    try:
+        tally.acknowledge(await stub.CreateSandbox(request, timeout=target.timeout_s), due)
+    except grpc.aio.AioRpcError as error:
+        tally.refused[from_rpc_error(error).code] += 1
+
+
+async def create_batch(
+    target: Target, tally: Tally, requests: Sequence[pb.CreateSandboxRequest]
+) -> None:
+    """Create many by one call; each item has its own result."""
+    due = time.perf_counter()
+    try:
+        answer = await target.leader.BatchCreateSandboxes(
+            pb.BatchCreateSandboxesRequest(requests=requests), timeout=target.timeout_s
+        )
+    except grpc.aio.AioRpcError as error:
+        tally.refused[from_rpc_error(error).code] += len(requests)
+        return
+    for result in answer.results:
+        if result.code:
+            tally.refused[result.reason] += 1
+        else:
+            tally.acknowledge(result.sandbox, due)
+
+
+async def lost_and_duplicated(target: Target, tally: Tally) -> tuple[int, int]:
+    """Compare what was acknowledged with what the cluster lists."""
+    listed = Counter(await target.list_run())
+    told = set(tally.ids)
+    twice = sum(count > 1 for count in listed.values())
+    return len(told - set(listed)), len(tally.ids) - len(told) + twice
+
+
+def commits_per_s(create_times_s: Sequence[float]) -> float:
+    """Return commits a second by the leader's own clock; 0 for fewer than two."""
+    if len(create_times_s) < 2:
+        return 0.0
+    took_s = max(create_times_s) - min(create_times_s)
+    return len(create_times_s) / took_s if took_s else 0.0
+
+
+def chunks(items: Iterable[Item], size: int) -> list[list[Item]]:
+    """Return lists of `size`, the last maybe shorter."""
+    rest, found = iter(items), []
+    while part := list(itertools.islice(rest, size)):
+        found.append(part)
+    return found
