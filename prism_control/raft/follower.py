@@ -49,8 +49,13 @@ class FollowerState(MemberState):
                 return False
             if message.pre_vote:
                 return True
-        elif isinstance(message, VoteReply) and message.pre_vote and message.granted:
-            return True
+        elif isinstance(message, VoteReply):
+            if message.pre_vote and message.granted:
+                return True
+            # A refusal of a campaign that is over: since then somebody was elected. If the sender
+            # is still needed, its answers to the leader say its term as well.
+            if self._hears_leader():
+                return False
         leader = message.sender if isinstance(message, _FROM_LEADER) else NOBODY
         self._become_follower(message.term, leader)
         return True

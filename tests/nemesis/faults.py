@@ -22,20 +22,27 @@ class Struck:
     Attributes:
         said: What was done, to whom.
         has_bitten: Whether it can be seen to have had an effect.
+        length_min_s: How long it must last at least to have it.
     """
 
     said: str
     has_bitten: Callable[[], bool]
+    length_min_s: float = 0.0
 
 
 Fault: TypeAlias = Callable[[Hosts, random.Random], Struck]
 
 
+#: Longer than any election timeout.
+_HANG_S: Final = 3.0
+
+
+def _leads(host: Host) -> bool:
+    return host.ready_text().startswith(f"{host.name} leads")
+
+
 def _leader(hosts: Hosts) -> Host | None:
-    for host in hosts.all:
-        if host.ready_text().startswith(f"{host.name} leads"):
-            return host
-    return None
+    return next((host for host in hosts.all if _leads(host)), None)
 
 
 def _dropped(hosts: Sequence[Host]) -> bool:
@@ -112,9 +119,11 @@ def mute_leader(hosts: Hosts, chance: random.Random) -> Struck:
 
 def bridge(hosts: Hosts, chance: random.Random) -> Struck:
     """Two halves that do not hear each other, and one host that hears both."""
-    order = list(hosts.all)
-    chance.shuffle(order)
-    middle, rest = order[0], order[1:]
+    # Not by the leader: followers have little to say to each other, so nothing would be cut.
+    leader = _leader(hosts)
+    middle = chance.choice([host for host in hosts.all if host is not leader])
+    rest = [host for host in hosts.all if host is not middle]
+    chance.shuffle(rest)
     left, right = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     for host in left:
         host.drop_from(right)
@@ -137,21 +146,38 @@ def fill_leaders_disk(hosts: Hosts, chance: random.Random) -> Struck:
 
 
 def fill_disks(hosts: Hosts, chance: random.Random) -> Struck:
-    """Nothing fits on the disks of a majority."""
-    victims = chance.sample(hosts.all, len(hosts.all) // 2 + 1)
+    """Nothing fits on the disks of a majority or of all; of the leader in any case.
+
+    A follower may write on for a while, in pages of its database that are free; a leader that has
+    no room refuses, or hands over to one that has.
+    """
+    leader = _leader(hosts) or chance.choice(hosts.all)
+    others = [host for host in hosts.all if host is not leader]
+    victims = [leader, *chance.sample(others, chance.choice((len(others) // 2, len(others))))]
     for victim in victims:
         victim.fill_disk(0)
     return Struck(
         f"the disks of {', '.join(victim.name for victim in victims)} are full",
-        lambda: _says_full(victims),
+        lambda: _says_full(victims) or _leader(hosts) not in (None, leader),
     )
 
 
 def slow_leaders_disk(hosts: Hosts, chance: random.Random) -> Struck:
-    """Each sync of the leader takes long: at worst longer than an election timeout."""
+    """Each sync of the leader takes long."""
     victim = _leader(hosts) or chance.choice(hosts.all)
-    delay_s = chance.choice((0.05, 0.3, 3.0))
-    return _slow(victim, delay_s, "the leader")
+    return _slow(victim, chance.choice((0.05, 0.3)), "the leader")
+
+
+def hang_leaders_disk(hosts: Hosts, chance: random.Random) -> Struck:
+    """Each sync of the leader takes longer than an election: another must lead meanwhile."""
+    victim = _leader(hosts) or chance.choice(hosts.all)
+    others = [host for host in hosts.all if host is not victim]
+    slow = _slow(victim, _HANG_S, "the leader")
+    return Struck(
+        slow.said,
+        lambda: slow.has_bitten() and any(map(_leads, others)),
+        length_min_s=_HANG_S + 2.0,
+    )
 
 
 def slow_disk(hosts: Hosts, chance: random.Random) -> Struck:
@@ -188,6 +214,7 @@ FAULTS: Final[tuple[Fault, ...]] = (
     fill_leaders_disk,
     fill_disks,
     slow_leaders_disk,
+    hang_leaders_disk,
     slow_disk,
     shift_clocks,
 )

@@ -61,7 +61,7 @@ async def hurt(
                 # Each once, before any comes again.
                 deck = chance.sample(FAULTS, len(FAULTS))
             struck = await asyncio.to_thread(deck.pop(), hosts, chance)
-            length_s = chance.uniform(*FAULT_S)
+            length_s = max(chance.uniform(*FAULT_S), struck.length_min_s)
             before = len(history.successes)
             await asyncio.sleep(length_s)
             during = len(history.successes) - before

@@ -170,7 +170,7 @@ class Cluster:
 
     def _has_recovered(self) -> bool:
         leader = self._leader()
-        if leader is None or not leader.is_settled:
+        if leader is None or not leader.is_settled or leader._transfer is not None:
             return False
         if not leader.configuration.is_voter(leader.config.id):
             return False

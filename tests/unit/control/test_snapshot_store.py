@@ -176,6 +176,23 @@ def test_another_snapshot_takes_the_place_of_one_in_part(
     assert len(list((tmp_path / "snapshots").iterdir())) == 1
 
 
+def test_one_of_a_sender_that_announces_no_checksum_is_still_checked_by_its_records(
+    store: SnapshotStore, whole: bytes
+) -> None:
+    identity = SnapshotIdentity(5, 2, len(whole), 0)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    incoming = store.incoming(identity)
+    incoming.write(0, bytes(damaged))
+    with pytest.raises(CorruptStoreError):
+        store.finish(incoming)
+    store.drop(incoming)
+    incoming = store.incoming(identity)
+    incoming.write(0, whole)
+    store.finish(incoming)
+    assert store.file(5).read_bytes() == whole
+
+
 def test_no_more_is_taken_than_was_announced(store: SnapshotStore, whole: bytes) -> None:
     incoming = store.incoming(SnapshotIdentity(5, 2, 60, 0))
     incoming.write(0, whole[:50])

@@ -91,6 +91,15 @@ def test_request_ids_have_a_bound(driver, monkeypatch):
     assert kept == ["r2", "r3", "r4"]
 
 
+def test_time_never_goes_back_when_a_leader_with_an_earlier_clock_takes_over(driver):
+    driver.run(create("s1"))
+    told_ms = driver.now_ms
+    row = driver.one(create("s2", ttl_ms=5000), after_ms=-3_600_000).sandbox
+    assert driver.machine.now_ms == row.create_ms == told_ms
+    assert row.expire_ms == told_ms + 5000
+    assert driver.one(create("s3"), after_ms=3_600_001).sandbox.create_ms == told_ms + 1
+
+
 # ── Create ───────────────────────────────────────────────────────────────────────────────────
 
 
