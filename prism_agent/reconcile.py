@@ -301,6 +301,9 @@ class Reconciler:
                 return []
 
     def _converge_stopped(self, sandbox: Sandbox) -> list[Action]:
+        # A start that was overtaken by this stop counts as done: the leader takes no report of
+        # an earlier one.
+        sandbox.start_count = max(sandbox.start_count, sandbox.wanted.start_count)
         match sandbox.phase:
             case Phase.READY | Phase.PAUSED:
                 return [self._stop(sandbox)]

@@ -169,10 +169,12 @@ class Dispatcher:
             reports=_reports(register.sandboxes),
         )
         size = register.ByteSize()
+        office.liveness.registering(register.node_id, _monotonic_ms())
         async with asyncio.timeout(_REGISTER_TIMEOUT_S):
             result = await office.submit(command, size)
         if isinstance(result, Refused):
             raise result.error()
+        office.liveness.registered(register.node_id, _monotonic_ms())
 
     def _begin(self, office: Office, register: agent_pb2.Register) -> _Session:
         if self._office is not office:
@@ -270,8 +272,7 @@ class Dispatcher:
         self, office: Office, session: _Session, heartbeat: agent_pb2.Heartbeat, write: Write
     ) -> None:
         node_id = session.agent.node_id
-        now_ms = time.monotonic_ns() // 1_000_000
-        if not office.liveness.heard(node_id, session.incarnation, now_ms):
+        if not office.liveness.heard(node_id, session.incarnation, _monotonic_ms()):
             session.end(WrongStateError("this node is LOST or was registered anew: register"))
             return
         office.heard_load(node_id, heartbeat.load_per_core)
@@ -311,6 +312,10 @@ class Dispatcher:
             session.end(error)
         finally:
             room.release()
+
+
+def _monotonic_ms() -> int:
+    return time.monotonic_ns() // 1_000_000
 
 
 def _welcome(office: Office, heartbeat_ms: int, lease_ms: int) -> agent_pb2.SessionResponse:

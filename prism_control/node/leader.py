@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 #: How often silence and deadlines are looked at.
 _WATCH_INTERVAL_S: Final = 0.25
+#: About what one of them takes in the log.
+_COMMAND_BYTES: Final = 256
 #: A leader whose disk has been full for so long hands over, and not again before the pause is over:
 #: the others' disks may be full as well.
 _FULL_PATIENCE_S: Final = 0.5
@@ -182,7 +184,7 @@ class Leadership:
             result = await self._batcher.submit(command, 64 * len(command.placements) + 256)
         except PrismError as error:
             logger.warning("placements were not committed: %s", error)
-            scheduler.forget(placement.sandbox_id for placement in command.placements)
+            scheduler.forget_all(command)
             await _pause(error)
             return
         if isinstance(result, Assigned):
@@ -195,20 +197,27 @@ class Leadership:
         """Propose what silence, deadlines and drains ask for."""
         drains = Drains()
         while True:
-            commands: list[Command] = list(liveness.tick(monotonic_ms(), wall_ms()))
-            expired = deadlines.due(wall_ms())
-            if expired is not None:
-                commands.append(expired)
-            evicted = drains.due(self._replica.machine, wall_ms())
-            if evicted is not None:
-                commands.append(evicted)
-            for command in commands:
-                try:
-                    await self._batcher.submit(command)
-                except PrismError as error:
-                    logger.warning("%s was not committed: %s", type(command).__name__, error)
-                    await _pause(error)
+            due: list[Command | None] = [
+                *liveness.tick(monotonic_ms(), wall_ms()),
+                deadlines.due(wall_ms()),
+                drains.due(self._replica.machine, wall_ms()),
+            ]
+            # All at once: a loss that is judged now must not be proposed after the node was heard.
+            await self._propose([command for command in due if command is not None])
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    async def _propose(self, commands: list[Command]) -> None:
+        """Propose commands that will be asked for again if they are not committed."""
+        try:
+            outcomes = await self._batcher.submit_all([(each, _COMMAND_BYTES) for each in commands])
+        except PrismError as error:
+            outcomes = [error for _ in commands]
+        for command, outcome in zip(commands, outcomes, strict=True):
+            if isinstance(outcome, PrismError):
+                logger.warning("%s was not committed: %s", type(command).__name__, outcome)
+        failed = [outcome for outcome in outcomes if isinstance(outcome, PrismError)]
+        if failed:
+            await _pause(failed[0])
 
     async def _make_way_when_full(self) -> None:
         """Hand leadership over when this disk takes no more: others may have room."""

@@ -56,6 +56,11 @@ class FollowerState(MemberState):
             # is still needed, its answers to the leader say its term as well.
             if self._hears_leader():
                 return False
+        elif isinstance(message, AppendReply | HeartbeatReply):
+            # A member that this leader has removed answers what it was sent before. It may have
+            # campaigned once, and the others would have to elect anew for nothing.
+            if self.role is Role.LEADER and message.sender not in self.configuration.ids():
+                return False
         leader = message.sender if isinstance(message, _FROM_LEADER) else NOBODY
         self._become_follower(message.term, leader)
         return True

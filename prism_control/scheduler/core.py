@@ -137,6 +137,12 @@ class Scheduler:
                 self._release(key, reservation)
                 self._waiting.add(reservation.entry, reservation.shape)
 
+    def forget_all(self, command: AssignSandboxes) -> None:
+        """Take a whole command back that was not proposed, or may not be committed."""
+        self.forget(placement.sandbox_id for placement in command.placements)
+        for explanation in command.explanations:
+            self._waiting.retell(explanation.sandbox_ids)
+
     def heard_load(self, node_id: str, load_per_core: float) -> None:
         """Note the load of a heartbeat."""
         view = self._nodes.get(node_id)

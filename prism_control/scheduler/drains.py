@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from prism_control.state.commands import EvictSandboxes
+from prism_control.state.commands import MoveSandboxes
 from prism_control.state.machine import Machine
-from prism_control.state.model import NodeRow, OnNodeLoss, SandboxRow, SandboxState
+from prism_control.state.model import NodeRow, OnNodeLoss, SandboxRow, SandboxState, is_moving
 
 #: Sandboxes of one command: one entry is applied in one go.
-EVICT_MAX: Final = 1000
+MOVES_MAX: Final = 1000
 #: A node that drains is looked at this often: a look costs about 1 ms a thousand sandboxes.
 _LOOK_MS: Final = 1000
 
@@ -26,7 +26,7 @@ class Drains:
         #: When each node that drains is looked at next, by wall time.
         self._look_ms: dict[str, int] = {}
 
-    def due(self, machine: Machine, now_ms: int) -> EvictSandboxes | None:
+    def due(self, machine: Machine, now_ms: int) -> MoveSandboxes | None:
         """Return the next sandboxes to move or to end, all of one node; None: there are none now.
 
         What is proposed and not yet applied is returned again, which changes nothing.
@@ -38,7 +38,7 @@ class Drains:
                 continue
             found = [row.id for row in machine.sandboxes_on(node.id) if _goes(row, node, now_ms)]
             if found:
-                return EvictSandboxes(node.id, tuple(found[:EVICT_MAX]))
+                return MoveSandboxes(node.id, tuple(found[:MOVES_MAX]))
             self._look_ms[node.id] = now_ms + _LOOK_MS
         return None
 
@@ -46,4 +46,6 @@ class Drains:
 def _goes(row: SandboxRow, node: NodeRow, now_ms: int) -> bool:
     if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE and row.state in _MOVABLE:
         return True
-    return now_ms >= node.drain_ms and row.state is not SandboxState.DELETING
+    if row.state is SandboxState.DELETING or is_moving(row):
+        return False
+    return now_ms >= node.drain_ms

@@ -65,7 +65,7 @@ class LivenessConfig:
 class _Watched:
     """One node that is not LOST."""
 
-    __slots__ = ("counted_ms", "heard_ms", "retry_ms", "row")
+    __slots__ = ("condemned", "counted_ms", "heard_ms", "retry_ms", "row")
 
     def __init__(self, row: NodeRow, counted_ms: int, heard_ms: int | None) -> None:
         self.row = row
@@ -76,6 +76,9 @@ class _Watched:
         self.heard_ms = heard_ms
         #: No command is repeated before this time.
         self.retry_ms = 0
+        #: Its loss is proposed: until that is settled its lease must not be renewed, for what ran
+        #: there may be placed anew.
+        self.condemned = False
 
 
 class Liveness:
@@ -105,11 +108,28 @@ class Liveness:
     def heard(self, node_id: str, incarnation: str, now_ms: int) -> bool:
         """Note a heartbeat. False: no such node lives here; its session should end."""
         watched = self._watched.get(node_id)
-        if watched is None or watched.row.incarnation != incarnation:
+        if watched is None or watched.row.incarnation != incarnation or watched.condemned:
             return False
         watched.heard_ms = now_ms
         watched.counted_ms = max(watched.counted_ms, now_ms)
         return True
+
+    def registering(self, node_id: str, now_ms: int) -> None:
+        """Note that a registration is about to be proposed: no loss may be proposed behind it.
+
+        One that takes longer than a lease gives its agent none that is still good.
+        """
+        watched = self._watched.get(node_id)
+        if watched is not None and not watched.condemned:
+            watched.counted_ms = max(watched.counted_ms, now_ms)
+
+    def registered(self, node_id: str, now_ms: int) -> None:
+        """Note that a registration is committed: a loss that was proposed before is settled."""
+        watched = self._watched.get(node_id)
+        if watched is not None:
+            watched.condemned = False
+            watched.heard_ms = now_ms
+            watched.counted_ms = max(watched.counted_ms, now_ms)
 
     def silence_ms(self, node_id: str, now_ms: int) -> int | None:
         """Return the time since the last heartbeat; None: this leader has heard none of it."""
@@ -127,7 +147,7 @@ class Liveness:
                 self._node_changed(event.row, now_ms)
 
     def tick(self, now_ms: int, wall_ms: int) -> list[LivenessCommand]:
-        """Return what to propose now. Call it several times a second."""
+        """Return what to propose now, at once. Call it several times a second."""
         gap_ms = now_ms - self._tick_ms
         self._tick_ms = now_ms
         if gap_ms > self.config.stall_ms:
@@ -140,6 +160,7 @@ class Liveness:
             kind = self._judge(watched, now_ms)
             if kind is not None and watched.retry_ms <= now_ms:
                 watched.retry_ms = now_ms + _RETRY_MS
+                watched.condemned = kind is LoseNode
                 seen_ms = _seen_ms(watched, now_ms, wall_ms)
                 commands.append(kind(watched.row.id, watched.row.incarnation, seen_ms))
         return commands

@@ -8,6 +8,7 @@ the order is priority (highest first), then arrival.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from typing import Final
 
 from prism_control.scheduler.placement import Candidates
@@ -189,6 +190,14 @@ class Waiting:
         if queue.cursor >= len(queue.entries):
             queue.cursor = 0
         return Explanation(tuple(found), *queue.explanation) if found else None
+
+    def retell(self, sandbox_ids: Iterable[str]) -> None:
+        """Take note that these do not know their explanation after all."""
+        for key in sandbox_ids:
+            known = self._members.get(key)
+            if known is not None:
+                known[1].told.discard(key)
+                known[1].cursor = 0
 
     def _lives(self, entry: Entry, queue: ShapeQueue) -> bool:
         known = self._members.get(entry[3])

@@ -26,7 +26,7 @@ from prism_control.state.model import (
 )
 
 #: Highest version of proposals that this member can apply.
-VERSION: Final = 2
+VERSION: Final = 3
 
 
 class UnknownCommandError(PrismError):
@@ -265,7 +265,17 @@ class DrainNode(Struct, frozen=True, array_like=True, gc=False, tag=16):
 
 
 class EvictSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=17):
-    """Moves or ends sandboxes of a node that drains. Result: Applied; those not due are ignored."""
+    """As MoveSandboxes, but places anew before the old copy has ended: in logs of version 2."""
+
+    node_id: str
+    sandbox_ids: tuple[str, ...]
+
+
+class MoveSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=18):
+    """Moves or ends sandboxes of a node that drains. Result: Applied; those not due are ignored.
+
+    One that is moved is STOPPING until its node says that it runs no more, and only then PENDING.
+    """
 
     node_id: str
     sandbox_ids: tuple[str, ...]
@@ -289,6 +299,7 @@ Command: TypeAlias = (
     | ResumeSandbox
     | DrainNode
     | EvictSandboxes
+    | MoveSandboxes
 )
 
 #: What members of version 1 cannot apply.
@@ -311,7 +322,13 @@ class Proposal(Struct, frozen=True, array_like=True, gc=False):
 
 def propose(at_ms: int, items: tuple[Command, ...]) -> Proposal:
     """Return a proposal of the lowest version that can apply its items."""
-    return Proposal(2 if any(_needs_2(item) for item in items) else 1, at_ms, items)
+    return Proposal(max(map(_version_of, items), default=1), at_ms, items)
+
+
+def _version_of(item: Command) -> int:
+    if isinstance(item, MoveSandboxes):
+        return 3
+    return 2 if _needs_2(item) else 1
 
 
 def _needs_2(item: Command) -> bool:

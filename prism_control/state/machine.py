@@ -40,6 +40,7 @@ _LEADERS: Final[dict[type, _Handler]] = {
     commands.CordonNode: node_handlers.cordon,
     commands.DrainNode: node_handlers.drain,
     commands.EvictSandboxes: node_handlers.evict,
+    commands.MoveSandboxes: node_handlers.move,
 }
 #: Rows that any apply may drop beyond those that it adds: old rows go in small slices.
 _COMPACT_MIN: Final = 64

@@ -134,6 +134,10 @@ class PlacementRefusal(Struct, frozen=True, array_like=True, gc=False):
     reason: str
 
 
+#: Reason of a sandbox that leaves a node that drains.
+NODE_DRAINED: Final = "NODE_DRAINED"
+
+
 class SandboxRow(Struct, frozen=True, array_like=True, gc=False):
     """One sandbox.
 
@@ -240,6 +244,11 @@ _UNPLACED: Final = frozenset({SandboxState.PENDING, SandboxState.LOST, SandboxSt
 def is_placed(row: SandboxRow) -> bool:
     """Return whether the row's node has work with it: it is among that node's assignments."""
     return row.state not in _UNPLACED and row.node_id != ""
+
+
+def is_moving(row: SandboxRow) -> bool:
+    """Return whether the row is ending on a node that drains, to be placed on another."""
+    return row.state is SandboxState.STOPPING and row.reason == NODE_DRAINED
 
 
 def need_of(spec: Spec) -> Amounts:

@@ -12,6 +12,7 @@ from prism_control.state.commands import (
     DrainNode,
     EvictSandboxes,
     LoseNode,
+    MoveSandboxes,
     RegisterNode,
     Report,
     ReportSandboxes,
@@ -19,12 +20,14 @@ from prism_control.state.commands import (
     SuspectNode,
 )
 from prism_control.state.model import (
+    NODE_DRAINED,
     DesiredState,
     NodeRow,
     NodeState,
     OnNodeLoss,
     SandboxRow,
     SandboxState,
+    is_moving,
     is_placed,
 )
 from prism_control.state.results import Applied, NodeOk, RefusalKind, Refused
@@ -34,7 +37,6 @@ from prism_control.state.transitions import CAUSE_OF_REPORT, Cause, next_state
 
 NODE_LOST: Final = "NODE_LOST"
 NODE_FORGOT: Final = "NODE_FORGOT"
-NODE_DRAINED: Final = "NODE_DRAINED"
 #: A LOST node is listed for this long, so that somebody sees it; then it is forgotten.
 LOST_NODE_KEPT_MS: Final = 24 * 3600 * 1000
 #: Rows stay small, whatever an agent says.
@@ -162,6 +164,41 @@ def evict(tables: Tables, command: EvictSandboxes) -> Applied:
     return Applied(changed, len(command.sandbox_ids) - changed)
 
 
+def move(tables: Tables, command: MoveSandboxes) -> Applied:
+    """Begin to move sandboxes off a node that drains, and end the rest once its deadline is over.
+
+    The next generation waits until the node says that this one runs no more: never two at once.
+    """
+    node = tables.nodes.get(command.node_id)
+    if node is None or not node.drain_ms:
+        return Applied(0, len(command.sandbox_ids))
+    changed = 0
+    for key in command.sandbox_ids:
+        row = tables.sandboxes.get(key)
+        if row is not None and row.node_id == node.id and is_placed(row) and not is_moving(row):
+            changed += _move(tables, row, over=tables.now_ms >= node.drain_ms)
+    return Applied(changed, len(command.sandbox_ids) - changed)
+
+
+def _move(tables: Tables, row: SandboxRow, *, over: bool) -> bool:
+    message = f"its node {row.node_name!r} was drained"
+    movable = next_state(row.state, Cause.RESCHEDULE) is not None
+    if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE and movable:
+        tables.put_sandbox(
+            row,
+            state=SandboxState.STOPPING,
+            desired=DesiredState.STOPPED,
+            grace_ms=GRACE_MS_DEFAULT,
+            reason=NODE_DRAINED,
+            message=f"{message}; it ends there, to be placed again",
+        )
+        return True
+    if not over or row.state is SandboxState.DELETING:
+        return False
+    remove(tables, row, GRACE_MS_DEFAULT, NODE_DRAINED, message)
+    return True
+
+
 def _evict(tables: Tables, row: SandboxRow, *, over: bool) -> bool:
     message = f"its node {row.node_name!r} was drained"
     if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE:
@@ -209,10 +246,14 @@ def _report(tables: Tables, node_id: str, report: Report) -> bool:
     if state is row.state and row.acknowledged and runtime == row.runtime:
         return True  # known
     ended = state in _ENDED
+    if is_moving(row) and ended:
+        _reschedule(tables, row, SandboxState.PENDING, f"its node {row.node_name!r} was drained")
+        return True
     now_ms = tables.now_ms
     # Where the leader has ended it (a TTL), the agent need not say why again.
-    reason = report.reason or (row.reason if ended else "")
-    message = report.message or (row.message if ended else "")
+    kept = ended or is_moving(row)
+    reason = row.reason if is_moving(row) else report.reason or (row.reason if kept else "")
+    message = report.message or (row.message if kept else "")
     tables.put_sandbox(
         row,
         state=state,
@@ -241,6 +282,9 @@ def _forgotten(tables: Tables, row: SandboxRow) -> None:
 
 def _lose(tables: Tables, row: SandboxRow, reason: str, message: str, seen_ms: int) -> None:
     """End a sandbox whose node has nothing of it any more, or place it again."""
+    if is_moving(row):
+        _reschedule(tables, row, SandboxState.PENDING, message)
+        return
     if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE:
         state = next_state(row.state, Cause.RESCHEDULE)
         if state is not None:

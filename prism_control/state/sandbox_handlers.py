@@ -26,6 +26,7 @@ from prism_control.state.model import (
     NodeState,
     SandboxRow,
     SandboxState,
+    is_moving,
     is_placed,
     need_of,
     new_sandbox,
@@ -73,6 +74,8 @@ def stop(tables: Tables, command: StopSandbox) -> Ok | Refused:
     state = next_state(row.state, Cause.STOP)
     if state is None:
         return _wrong_state(row, "stopped")
+    if is_moving(row):  # it stays where it is now, stopped
+        return Ok(tables.put_sandbox(row, reason="", message=""))
     if state is row.state:
         return Ok(row)
     return Ok(

@@ -353,3 +353,18 @@ class Convergence(RuleBasedStateMachine):
 
 TestConvergence = Convergence.TestCase
 TestConvergence.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_a_stop_that_overtakes_a_start_is_reported_as_of_that_start() -> None:
+    """The leader takes no report of an earlier start than the one it wanted last."""
+    machine = Reconciler(1)
+    machine.assign(1, [want("a"), want("b")], False)
+    assert machine.sandboxes["b"].phase is Phase.QUEUED
+    assert machine.assign(1, [want("b", Desired.STOPPED)], False) == [Report("b")]
+    assert machine.sandboxes["b"].start_count == 1
+
+    machine.started("a", "r")
+    # It was stopped, started and stopped again while we were away.
+    assert machine.assign(1, [want("a", Desired.STOPPED, start=2)], False) == [Stop("a", 5.0)]
+    machine.stopped("a")
+    assert machine.sandboxes["a"].start_count == 2

@@ -427,3 +427,26 @@ def test_only_the_leaders_connection_counts_and_only_for_voters() -> None:
     for _ in range(30):
         learner.tick()
     assert role_of(learner) is Role.FOLLOWER
+
+
+def test_a_late_refusal_of_an_old_campaign_deposes_nobody() -> None:
+    group = Group.bootstrapped(THREE)
+    group.elect(1)
+    group.tick(2)
+    term = group.cores[1].term
+    for member in (1, 2):
+        group.cores[member].step(VoteReply(3, member, term + 1, pre_vote=True, granted=False))
+    assert [core.term for core in group.cores.values()] == [term] * 3
+    assert group.cores[1].role is Role.LEADER
+
+
+def test_an_answer_of_a_removed_member_does_not_depose_the_leader() -> None:
+    group = Group.bootstrapped(THREE)
+    leader = group.elect(1)
+    term = leader.term
+    leader.step(HeartbeatReply(9, 1, term + 1))
+    leader.step(AppendReply(9, 1, term + 1, rejected=False, index=1))
+    assert (leader.role, leader.term) == (Role.LEADER, term)
+    # One that is still a member must be heard, or it would stay alone for ever.
+    leader.step(HeartbeatReply(3, 1, term + 1))
+    assert (role_of(leader), leader.term) == (Role.FOLLOWER, term + 1)

@@ -263,6 +263,19 @@ def test_explaining_is_bounded_by_pass(monkeypatch):
     assert set(told.values()) == {1}
 
 
+def test_explanations_that_were_not_committed_are_told_again():
+    leader = Leader()
+    leader.run(create("s1"), create("s2"))
+    command = leader.decide()
+    told = {key for one in command.explanations for key in one.sandbox_ids}
+    assert told == {"s1", "s2"}
+    leader.scheduler.forget_all(command)
+    leader.step(1000)
+    leader.step(1000)
+    assert leader.driver.sandbox("s1").message == "no node has registered yet"
+    assert leader.driver.sandbox("s2").message == "no node has registered yet"
+
+
 def test_priority_then_arrival():
     leader = Leader()
     leader.run(

@@ -24,13 +24,13 @@ def test_movable_sandboxes_leave_at_once_and_the_others_at_the_deadline():
     assert due(driver, drains) == ()
     driver.run(c.DrainNode("n1", 5000))
     assert due(driver, drains) == ("s1",)
-    driver.run(c.EvictSandboxes("n1", ("s1",)))
+    driver.run(c.MoveSandboxes("n1", ("s1",)))
     assert due(driver, drains) == ()
     assert due(driver, drains, after_ms=5000) == ("s2", "s3")
 
 
 def test_one_command_is_bounded(monkeypatch):
-    monkeypatch.setattr(drains_module, "EVICT_MAX", 2)
+    monkeypatch.setattr(drains_module, "MOVES_MAX", 2)
     driver, drains = Driver(), Drains()
     for key in ("s1", "s2", "s3"):
         driver.bring(SandboxState.READY, key)

@@ -161,3 +161,41 @@ def test_the_lease_that_a_node_was_told_counts():
     assert leader.until(29_500) == []
     assert leader.until(67_500) == [c.SuspectNode("n1", "i1", WALL)]
     assert leader.until(68_000) == [c.LoseNode("n1", "i1", WALL)]
+
+
+def test_a_lease_is_not_renewed_once_the_loss_of_its_node_is_proposed():
+    """The proposal may take long; what ran there is placed anew when it is committed."""
+    leader = Leader()
+    leader.until(LOSE_MS - 500)
+    leader.now_ms = LOSE_MS
+    (lose,) = leader.liveness.tick(LOSE_MS, WALL + LOSE_MS)
+    assert isinstance(lose, c.LoseNode)
+    assert not leader.liveness.heard("n1", "i1", LOSE_MS + 10)
+    leader.commit(lose)
+    assert leader.liveness.silence_ms("n1", LOSE_MS + 20) is None
+
+
+def test_a_loss_that_was_not_committed_is_proposed_again_unless_the_node_registers():
+    leader = Leader()
+    leader.until(LOSE_MS - 500)
+    assert leader.liveness.tick(LOSE_MS, WALL)
+    assert leader.liveness.tick(LOSE_MS + 1000, WALL) == []
+    assert leader.liveness.tick(LOSE_MS + 2000, WALL)
+    leader.liveness.registered("n1", LOSE_MS + 2500)
+    assert leader.liveness.heard("n1", "i1", LOSE_MS + 2600)
+    again = leader.liveness.tick(LOSE_MS + 4500, WALL + LOSE_MS)
+    assert [type(command) for command in again] == [c.ReviveNode]
+
+
+def test_no_loss_is_proposed_behind_a_registration():
+    """Both would be committed, and the agent have a lease on a node that is given up."""
+    leader = Leader()
+    leader.until(LOSE_MS - 500)
+    leader.liveness.registering("n1", LOSE_MS - 10)
+    assert leader.liveness.tick(LOSE_MS, WALL) == []
+    # One that was condemned before stays so until it has registered.
+    times = range(LOSE_MS + 500, 3 * LOSE_MS, 500)
+    now_ms = next(at for at in times if leader.liveness.tick(at, WALL))
+    assert now_ms >= 2 * LOSE_MS - 500
+    leader.liveness.registering("n1", now_ms)
+    assert not leader.liveness.heard("n1", "i1", now_ms)
