@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 300
 SECONDS ?= 60
+ROUNDS ?= 5
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help up down status test lint format proto sim mutants nemesis install install-dev constraints clean
+.PHONY: help up down status test lint format proto sim mutants nemesis bench install install-dev constraints clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +57,9 @@ mutants: install-dev ## Check that the simulator catches every known bug.
 nemesis: install-dev ## Hurt real clusters of three and five nodes, as root: make nemesis SECONDS=60.
 	$(BIN)/python -m tests.nemesis.run --members 3 --seconds $(SECONDS)
 	$(BIN)/python -m tests.nemesis.run --members 5 --seconds $(SECONDS)
+
+bench: install-dev ## Measure a cluster of its own on this machine: make bench ROUNDS=5.
+	PYTHONPATH=.:proto $(BIN)/python bench/run.py --rounds $(ROUNDS)
 
 constraints: install-dev ## Write the exact versions that are installed to constraints.txt.
 	deploy/write_constraints.sh

@@ -24,6 +24,10 @@ class NodeState(msgspec.Struct, kw_only=True):
     #: Wall-clock time until which the leader counts this node as alive; 0: never registered.
     lease_until_s: float = 0.0
 
+    def lease_is_over(self, now_s: float) -> bool:
+        """Whether the leader may have given this node up, at a wall-clock time."""
+        return 0 < self.lease_until_s <= now_s
+
 
 def write_atomically(path: Path, content: bytes, durable: bool) -> None:
     """Replace a file so that a reader finds the old or the new contents, never half of it.

@@ -42,6 +42,10 @@ BUSY = frozenset({Phase.STARTING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING,
 UP = frozenset({Phase.READY, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING})
 #: Processes of the sandbox may run.
 LIVE = UP | {Phase.STARTING, Phase.STOPPING}
+#: Reason of a sandbox that was ended because the leader may have placed it elsewhere.
+LEASE_EXPIRED = "LEASE_EXPIRED"
+_LEASE_EXPIRED_MESSAGE = "no leader was heard within the node's lease"
+
 #: The outcome of the action under way leads on to what is wanted by then.
 _DEFERS = frozenset({Phase.STARTING, Phase.PAUSING, Phase.RESUMING})
 
@@ -166,10 +170,13 @@ class Reconciler:
     Args:
         starts_max: Starts under way at once; more only make each of them slower.
         term: Highest leader's term seen, as kept on disk.
+        fenced: The lease was over when this process began: what may be placed elsewhere by now is
+            not started again from the journal.
     """
 
     starts_max: int
     term: int = 0
+    fenced: bool = False
     sandboxes: dict[str, Sandbox] = field(default_factory=dict)
     #: Invariant: holds exactly the ids of the sandboxes that are QUEUED, oldest first.
     _queue: deque[str] = field(default_factory=deque)
@@ -186,6 +193,8 @@ class Reconciler:
                 return [Delete(sandbox.sandbox_id, sandbox.wanted.grace_s)]
             case Phase.STOPPING:
                 return [self._stop(sandbox)]
+            case Phase.QUEUED | Phase.STARTING if self.fenced and sandbox.wanted.reschedules:
+                return self._fail(sandbox, LEASE_EXPIRED, _LEASE_EXPIRED_MESSAGE)
             case Phase.QUEUED | Phase.STARTING:
                 return self._enqueue(sandbox)
             case _ if sandbox.phase in UP and not alive:
@@ -453,7 +462,7 @@ class Reconciler:
         for sandbox in sorted(self.sandboxes.values(), key=lambda each: each.sandbox_id):
             if not sandbox.wanted.reschedules:
                 continue
-            reason, message = "LEASE_EXPIRED", "no leader was heard within the node's lease"
+            reason, message = LEASE_EXPIRED, _LEASE_EXPIRED_MESSAGE
             if sandbox.phase is Phase.QUEUED:
                 self._queue.remove(sandbox.sandbox_id)
                 actions += self._fail(sandbox, reason, message)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -114,7 +115,8 @@ class Agent:
         found = await probe.probe(settings.runtime, data, journal, groups)
         metrics = AgentMetrics(registry)
         reports = ReportQueue()
-        reconciler = Reconciler(settings.starts_max, data.state.term)
+        fenced = data.state.lease_is_over(time.time())
+        reconciler = Reconciler(settings.starts_max, data.state.term, fenced)
         sandboxes = Sandboxes(journal, found.working, found.known, reconciler, reports, metrics)
         offered = resources.capacity(settings.capacity, settings.data_dir)
         measured = Resources(

@@ -17,6 +17,7 @@ from prism_cli import (
     sandbox_logs,
     sandbox_verbs,
 )
+from prism_cli.bench import command as bench
 from prism_cli.options import keyword_options, merge, new_app
 from prism_common import __version__
 
@@ -61,6 +62,7 @@ app.add_typer(peer.app, name="peer")
 cluster.register(app)
 doctor.register(app)
 completion.register(app)
+bench.register(app)
 #: Imported for the commands that they add to `sandbox`.
 _MORE_OF_SANDBOX = (sandbox_exec, sandbox_logs, sandbox_verbs)
 

@@ -27,7 +27,7 @@ from prism_control.raft.types import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prism_control.raft.types import Entry, Message, SnapshotMeta, TimeoutNow
+    from prism_control.raft.types import Entry, MemberId, Message, SnapshotMeta, TimeoutNow
 
 #: Only a leader of its term sends these.
 _FROM_LEADER = (AppendRequest, Heartbeat, SnapshotRequest)
@@ -56,14 +56,19 @@ class FollowerState(MemberState):
             # is still needed, its answers to the leader say its term as well.
             if self._hears_leader():
                 return False
-        elif isinstance(message, AppendReply | HeartbeatReply):
-            # A member that this leader has removed answers what it was sent before. It may have
-            # campaigned once, and the others would have to elect anew for nothing.
-            if self.role is Role.LEADER and message.sender not in self.configuration.ids():
-                return False
+        elif isinstance(message, AppendReply | HeartbeatReply) and self._has_removed(
+            message.sender
+        ):
+            # It answers what it was sent before. It may have campaigned once, and the others would
+            # have to elect anew for nothing.
+            return False
         leader = message.sender if isinstance(message, _FROM_LEADER) else NOBODY
         self._become_follower(message.term, leader)
         return True
+
+    def _has_removed(self, member: MemberId) -> bool:
+        """Whether this member leads, and `member` belongs to the cluster no more."""
+        return self.role is Role.LEADER and member not in self.configuration.ids()
 
     def _answer_stale(self, message: Message) -> None:
         """Answer a sender of an old term, so that it learns the present one (§5.1).

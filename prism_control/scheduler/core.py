@@ -316,7 +316,7 @@ class Scheduler:
             if queue.explain_ms <= now_ms and shapes:
                 shapes -= 1
                 queue.explain_ms = now_ms + _EXPLAIN_MS
-                queue.set_explanation(*self.explain(queue.shape))
+                self._waiting.set_explanation(queue, *self.explain(queue.shape))
             explanation = self._waiting.explain(queue, budget)
             if explanation is not None:
                 budget -= len(explanation.sandbox_ids)

@@ -8,6 +8,7 @@ the order is priority (highest first), then arrival.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterable
 from typing import Final
 
@@ -78,13 +79,6 @@ class ShapeQueue:
         self.parked = True
         self.retry_ms = now_ms + min(_RETRY_MS_MIN << min(self.attempts, 10), _RETRY_MS_MAX)
         self.attempts += 1
-
-    def set_explanation(self, message: str, refusals: tuple[PlacementRefusal, ...]) -> None:
-        """Say from now on why; where that is news, the first in turn are told again."""
-        if self.explanation != (message, refusals):
-            self.explanation = (message, refusals)
-            self.told.difference_update(entry[3] for entry in self.entries[:_TOLD_AGAIN_MAX])
-            self.cursor = 0
 
 
 class Waiting:
@@ -174,6 +168,16 @@ class Waiting:
             queue.attempts = 0
         self._drop_dead(queue)
         self._give_turn(queue)
+
+    def set_explanation(
+        self, queue: ShapeQueue, message: str, refusals: tuple[PlacementRefusal, ...]
+    ) -> None:
+        """Say from now on why; where that is news, some of the first are told again."""
+        if queue.explanation != (message, refusals):
+            queue.explanation = (message, refusals)
+            alive = (entry[3] for entry in queue.entries if self._lives(entry, queue))
+            queue.told.difference_update(itertools.islice(alive, _TOLD_AGAIN_MAX))
+            queue.cursor = 0
 
     def explain(self, queue: ShapeQueue, limit: int) -> Explanation | None:
         """Return the explanation for up to `limit` members that do not know it yet."""

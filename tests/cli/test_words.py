@@ -28,7 +28,7 @@ VERBS = [
         "resume", "rm", "run")),
     *(("node", verb) for verb in ("ls", "info", "top", "cordon", "uncordon", "drain")),
     *(("peer", verb) for verb in ("ls", "info", "add", "rm", "transfer-leader")),
-    ("info",), ("backup",), ("doctor",), ("completion",),
+    ("info",), ("backup",), ("doctor",), ("completion",), ("bench",),
 ]  # fmt: skip
 
 

@@ -8,9 +8,8 @@ its own write, because this driver never touches the core during a write; a unit
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from prism_control.raft import confchange, quorum
@@ -39,38 +38,10 @@ from prism_control.raft.types import (
 from prism_control.state.tables import Tables
 from tests.sim.disk import Disk, Image, Snapshot, Transaction
 from tests.sim.faults import Faults
+from tests.sim.mutant import Mutant
 from tests.sim.node import Node
 from tests.sim.options import Options
-from tests.sim.run import run_seed
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """A bug: replace `owner.name` by what `make` makes of the original."""
-
-    title: str
-    seeds_max: int
-    owner: type
-    name: str
-    make: Callable[[Any], Callable[..., Any]]
-    #: The shape of cluster in which to look for it; else each seed chooses.
-    options: Options | None = None
-
-    @property
-    def is_quick(self) -> bool:
-        """Whether it is found so soon that every test run can afford it."""
-        return self.seeds_max <= 20
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Have the bug within this context."""
-        owner = next(base for base in self.owner.__mro__ if self.name in base.__dict__)
-        original = owner.__dict__[self.name]
-        setattr(owner, self.name, self.make(original))
-        try:
-            yield
-        finally:
-            setattr(owner, self.name, original)
+from tests.sim.plane.mutants import PLANE_MUTANTS
 
 
 def _acknowledge_before_persist(original: Any) -> Callable[..., Any]:
@@ -564,23 +535,17 @@ MUTANTS = (
 )
 
 
-def seeds_needed(mutant: Mutant) -> int:
-    """Return how many seeds it takes to find a mutant; 0 if it survives `seeds_max`."""
-    with mutant.active():
-        for seed in range(mutant.seeds_max):
-            if run_seed(seed, mutant.options).failure:
-                return seed + 1
-    return 0
+ALL = (*MUTANTS, *PLANE_MUTANTS)
 
 
 def main() -> int:
     """Try all mutants; return 1 if one survives."""
     survivors = 0
-    for mutant in MUTANTS:
-        needed = seeds_needed(mutant)
+    for mutant in ALL:
+        needed = mutant.seeds_needed()
         survivors += needed == 0
         print(f"{mutant.title:50} {needed or 'SURVIVED':>8} of {mutant.seeds_max}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} found")
+    print(f"{len(ALL) - survivors} of {len(ALL)} found")
     return 1 if survivors else 0
 
 

@@ -15,6 +15,10 @@ from random import Random
 from tests.sim.cluster import Cluster
 from tests.sim.formation import Formation
 from tests.sim.options import Options
+from tests.sim.plane.plane import Plane
+
+#: Every so many seeds the whole control plane runs as well, which takes longer.
+PLANE_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,25 @@ class Result:
     changes: int = 0
     transfers: int = 0
     histories: int = 0
+    plane_answers: int = 0
+    plane_losses: int = 0
+
+
+def run_plane(seed: int) -> Result:
+    """Run a seed of the whole control plane; a failure of any kind is a result."""
+    plane = Plane(seed)
+    failure = details = ""
+    try:
+        plane.run()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the seed has found it
+        failure, details = f"plane: {type(error).__name__}: {error}", traceback.format_exc()
+    return Result(
+        seed=seed,
+        failure=failure,
+        details=details,
+        plane_answers=plane.clients.answers,
+        plane_losses=plane.losses,
+    )
 
 
 def run_seed(seed: int, options: Options | None = None) -> Result:
@@ -43,10 +66,13 @@ def run_seed(seed: int, options: Options | None = None) -> Result:
         cluster.run()
     except Exception as error:  # noqa: BLE001 - whatever it is, the seed has found it
         failure, details = f"{type(error).__name__}: {error}", traceback.format_exc()
+    plane = run_plane(seed) if options is None and seed % PLANE_EVERY == 0 else Result(seed)
     return Result(
         seed=seed,
-        failure=failure,
-        details=details,
+        failure=failure or plane.failure,
+        details=details or plane.details,
+        plane_answers=plane.plane_answers,
+        plane_losses=plane.plane_losses,
         elections=cluster.invariants.elections,
         acknowledged=len(cluster.invariants.acknowledged),
         reads=cluster.reads_served,
@@ -65,7 +91,7 @@ def replay_command(seed: int) -> str:
 def _run_many(first: int, count: int, processes: int) -> int:
     began = time.monotonic()
     failed = 0
-    totals = [0] * 7
+    totals = [0] * len(fields(Result)[3:])
     with multiprocessing.Pool(processes) as pool:
         seeds = range(first, first + count)
         for done, result in enumerate(pool.imap_unordered(run_seed, seeds, chunksize=4), 1):
@@ -115,6 +141,8 @@ def _run_one(seed: int, with_trace: bool, left_out: list[int]) -> int:
             if options is None:
                 Formation(seed).run()
             Cluster(seed, trace=print, options=options).run()
+            if options is None and seed % PLANE_EVERY == 0:
+                Plane(seed, trace=print).run()
         except Exception as error:  # noqa: BLE001 - whatever it is, the seed has found it
             print(f"FAILED {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()

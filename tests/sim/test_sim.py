@@ -14,6 +14,7 @@ from tests.sim.cluster import Cluster
 from tests.sim.formation import Formation, Starter
 from tests.sim.invariants import ViolationError
 from tests.sim.options import Options
+from tests.sim.plane.plane import Plane
 from tests.sim.run import Result, main, replay_command, run_seed, shrink
 
 _SEEDS = 300
@@ -43,6 +44,8 @@ def test_the_seeds_exercise_what_they_are_for() -> None:
     assert sum(result.changes for result in results) > 50
     assert sum(result.transfers for result in results) > 5
     assert sum(result.histories for result in results) > 20
+    assert sum(result.plane_answers for result in results) > 500
+    assert sum(result.plane_losses for result in results) > 0
 
 
 def test_leaders_that_are_struck_at_once_break_no_promise() -> None:
@@ -86,6 +89,15 @@ def test_shrinking_finds_the_faults_that_matter(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Cluster, "run", run)
     assert shrink(1) == [1, 2, 4, 5, 7, 8]
+
+
+def test_the_whole_plane_does_the_same_for_the_same_seed() -> None:
+    traces: list[list[str]] = []
+    for _ in range(2):
+        traces.append([])
+        Plane(8, trace=traces[-1].append).run()
+    assert len(traces[0]) > 100
+    assert traces[0] == traces[1]
 
 
 def _trace(seed: int) -> list[str]:

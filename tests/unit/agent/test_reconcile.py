@@ -368,3 +368,13 @@ def test_a_stop_that_overtakes_a_start_is_reported_as_of_that_start() -> None:
     assert machine.assign(1, [want("a", Desired.STOPPED, start=2)], False) == [Stop("a", 5.0)]
     machine.stopped("a")
     assert machine.sandboxes["a"].start_count == 2
+
+
+def test_what_may_run_elsewhere_by_now_is_not_started_again_from_the_journal() -> None:
+    machine = Reconciler(4, fenced=True)
+    moves = replace(want("a"), reschedules=True)
+    assert machine.adopt(Sandbox(moves, Phase.STARTING, 1), alive=False) == [Report("a")]
+    assert machine.sandboxes["a"].phase is Phase.FAILED
+    assert machine.sandboxes["a"].reason == "LEASE_EXPIRED"
+    stays = machine.adopt(Sandbox(want("b"), Phase.QUEUED), alive=False)
+    assert Start("b") in stays

@@ -1,0 +1,84 @@
+"""A control plane and simulated agents for a measurement, on this machine's loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from prism.node.v1 import node_pb2
+
+from tests.integration import harness
+
+STOP_TIMEOUT_S = 30.0
+
+
+class SimulatedAgents:
+    """The process of bench/simulated_agents.py."""
+
+    def __init__(self, cluster: harness.Cluster, count: int, prefix: str = "simulated") -> None:
+        self.count = count
+        self.prefix = prefix
+        self._cluster = cluster
+        self.process = subprocess.Popen(
+            [
+                sys.executable, str(harness.ROOT / "bench" / "simulated_agents.py"),
+                f"--control={','.join(node.api for node in cluster.nodes)}",
+                f"--agents={count}", f"--prefix={prefix}",
+            ],
+            env=harness.environment(), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Wait until the leader counts all of them as READY."""
+
+        def ready() -> bool:
+            if self.process.poll() is not None:
+                raise SystemExit(f"the simulated agents ended with {self.process.returncode}")
+            return self.states().count(node_pb2.NODE_STATE_READY) == self.count
+
+        harness.wait_for(f"{self.count} simulated agents", ready, timeout_s)
+
+    def states(self) -> list[node_pb2.NodeState.ValueType]:
+        """Return what the leader thinks of each."""
+        request = node_pb2.ListNodesRequest(page_size=1000)
+        found = []
+        stub = self._cluster.leader().nodes
+        while True:
+            page = stub.ListNodes(request, timeout=harness.WAIT_S)
+            found += [node.state for node in page.nodes if node.name.startswith(f"{self.prefix}-")]
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    def kill(self) -> None:
+        """SIGKILL: all are gone at once."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """End them."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+@contextlib.contextmanager
+def running(agents: int, members: int = 3) -> Iterator[tuple[harness.Cluster, SimulatedAgents]]:
+    """Run control nodes, their data on disk, and simulated agents, for the block."""
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        harness.cluster(Path(directory), members) as cluster,
+    ):
+        simulated = SimulatedAgents(cluster, agents)
+        try:
+            simulated.wait_ready()
+            yield cluster, simulated
+        finally:
+            simulated.close()

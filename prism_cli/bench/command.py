@@ -1,0 +1,205 @@
+"""`prismctl bench`: picks workloads, runs their rounds, and removes what they made."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from prism_cli import quantities
+from prism_cli.options import Format, Settings, command
+
+if TYPE_CHECKING:
+    from prism_cli.bench.report import Outcome
+    from prism_cli.bench.target import Target
+    from prism_cli.bench.workloads import Size, Workload
+
+#: A burst that waits for READY is bound by this unless --timeout says otherwise.
+_TIMEOUT_S: Final = 60.0
+_SECONDS: Final = 60.0
+_ROUNDS_MAX: Final = 100
+_COUNT_MAX: Final = 1_000_000
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+
+    @command(
+        app,
+        "bench",
+        examples=[
+            "prismctl bench list",
+            "prismctl bench burst-1k sequential",
+            "prismctl bench open-500 --seconds 10s --plot plots",
+            "prismctl bench --rounds 5 --json result.json",
+            "prismctl bench burst-1k --count 100 --real",
+        ],
+    )
+    def bench(
+        settings: Settings,
+        workloads: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[WORKLOAD]...", help="Names, or `list`.  [default: all]"),
+        ] = None,
+        rounds: Annotated[
+            int, typer.Option(min=1, max=_ROUNDS_MAX, help="Rounds of each workload.")
+        ] = 1,
+        seconds: Annotated[
+            float | None,
+            typer.Option(
+                metavar="TIME",
+                parser=quantities.parse_positive_duration,
+                help=f"Length of an open loop.  [default: {_SECONDS:.0f}s]",
+            ),
+        ] = None,
+        count: Annotated[
+            int | None,
+            typer.Option(min=1, max=_COUNT_MAX, help="Sandboxes or execs, not the usual number."),
+        ] = None,
+        real: Annotated[
+            bool,
+            typer.Option("--real", help="Start real sandboxes where no simulated agents are."),
+        ] = False,
+        json_file: Annotated[
+            Path | None, typer.Option("--json", metavar="FILE", help="Write every round as JSON.")
+        ] = None,
+        plot: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="Write SVG over time; needs pygal.")
+        ] = None,
+        markdown: Annotated[
+            bool, typer.Option("--markdown", help="Print the table as Markdown.")
+        ] = False,
+    ) -> None:
+        """Put load on a cluster and hold the figures against the bars of a two-core machine.
+
+        Only committed successes count, and each is looked for in the list afterwards. All that it
+        makes has the label prism-bench=RUN and is removed, on Ctrl-C too.
+
+        Workloads on the control plane need simulated agents (prism-agent --runtime=fake), or
+        --real. Exit status 1 if an acknowledged sandbox was lost or duplicated; a missed bar is
+        only said.
+        """
+        from prism_cli.bench import report
+        from prism_cli.bench.machine import describe
+        from prism_cli.bench.workloads import Size
+
+        if workloads == ["list"]:
+            _write_list(settings)
+            return
+        chosen = _choose(workloads or [])
+        if plot is not None:
+            report.require_plotting(plot)
+        machine = describe()
+        outcomes = _run(
+            settings, chosen, rounds, Size(_SECONDS if seconds is None else seconds, count), real
+        )
+        if json_file is not None:
+            report.write_json(json_file, machine, outcomes)
+        if plot is not None:
+            report.write_plots(plot, outcomes)
+        _write(settings, machine, outcomes, markdown)
+        if any(outcome.failed for outcome in outcomes):
+            raise typer.Exit(1)
+
+
+def _all() -> "list[Workload]":
+    from prism_cli.bench.real import REAL
+    from prism_cli.bench.workloads import CONTROL
+
+    return [*CONTROL, *REAL]
+
+
+def _choose(names: list[str]) -> "list[Workload]":
+    known = {workload.name: workload for workload in _all()}
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(
+                f"{name!r} is none; see prismctl bench list", param_hint="'WORKLOAD'"
+            )
+    return [known[name] for name in dict.fromkeys(names)] or list(known.values())
+
+
+def _write_list(settings: Settings) -> None:
+    from prism_cli.output import Column, write_list
+
+    items: list[Any] = _all()
+    if settings.format in (Format.JSON, Format.YAML):
+        items = [{"name": each.name, "summary": each.summary} for each in items]
+    columns = [
+        Column("WORKLOAD", lambda each: each.name),
+        Column("WHAT IT DOES", lambda each: each.summary),
+        Column("BARS", lambda each: ", ".join(f"{bar.figure} {bar}" for bar in each.bars)),
+    ]
+    write_list(settings.format, items, columns, lambda each: str(each.name))
+
+
+def _write(
+    settings: Settings, machine: dict[str, str], outcomes: "list[Outcome]", markdown: bool
+) -> None:
+    from prism_cli.bench import report
+    from prism_cli.output import write_data
+
+    if markdown:
+        typer.echo(report.markdown(machine, outcomes))
+    elif settings.format in (Format.JSON, Format.YAML):
+        write_data(settings.format, report.as_data(machine, outcomes))
+    else:
+        report.write_table(machine, outcomes)
+
+
+def _run(
+    settings: Settings, chosen: "list[Workload]", rounds: int, size: "Size", real: bool
+) -> "list[Outcome]":
+    """Run all; a signal cancels the load, and what it made is removed before this returns.
+
+    Raises:
+        KeyboardInterrupt: By SIGINT.
+        LeavingError: By SIGTERM or SIGHUP.
+    """
+    import asyncio
+    import signal
+
+    from prism_cli.bench.target import Target
+    from prism_cli.errors import LeavingError
+
+    addresses, _ = settings.addresses()
+    timeout_s = _TIMEOUT_S if settings.timeout is None else settings.timeout
+    caught: list[int] = []
+
+    async def run() -> "list[Outcome]":
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def leave(number: int) -> None:
+            if not caught and task is not None:
+                task.cancel()
+                sys.stderr.write("prismctl: removing what was made\n")
+            caught.append(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, leave, number)
+        async with Target(addresses, timeout_s, real) as target:
+            try:
+                return [await _run_one(target, each, rounds, size) for each in chosen]
+            finally:
+                await target.remove_run()
+
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        if caught[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise LeavingError(caught[0]) from None
+
+
+async def _run_one(target: "Target", workload: "Workload", rounds: int, size: "Size") -> "Outcome":
+    from prism_cli.bench.figures import SkippedError
+    from prism_cli.bench.report import Outcome
+
+    found = []
+    try:
+        for number in range(rounds):
+            sys.stderr.write(f"{workload.name}: round {number + 1} of {rounds}\n")
+            found.append(await workload.run(target, size))
+    except SkippedError as skipped:
+        return Outcome(workload, skipped=str(skipped))
+    return Outcome(workload, found)

@@ -1,0 +1,191 @@
+"""The workloads that run code in real sandboxes, and the program's own start."""
+
+import asyncio
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Final
+
+from prism.sandbox.v1 import sandbox_pb2 as pb
+
+from prism_cli.bench.figures import Bar, Round, SkippedError, latencies_ms, percentile
+from prism_cli.bench.target import Tally, Target, create, each_of
+from prism_cli.bench.workloads import Size, Workload, settle
+from prism_cli.errors import CliError
+
+_FIRST_EXECS: Final = 30
+_EXECS: Final = 500
+_EXECS_IN_FLIGHT: Final = 8
+_REAL_BURST: Final = 500
+_STARTS: Final = 15
+#: The server's own: a small share of a core would throttle what is timed.
+_DEFAULTS: Final = pb.Limits()
+#: 500 of them fit on a node of two cores; their processor time throttles their start too.
+_SMALL: Final = pb.Limits(cpu_millicores=30, memory_bytes=32 << 20, disk_bytes=8 << 20)
+#: What a bare sandbox of bubblewrap is: the same namespaces and system directories.
+_BWRAP: Final = (
+    "bwrap", "--unshare-all", "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin",
+    "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", "--proc", "/proc",
+    "--dev", "/dev", "--tmpfs", "/run", "--", "/bin/true",
+)  # fmt: skip
+
+
+def real_runtimes(target: Target) -> list[str]:
+    """Return the runtimes that run code.
+
+    Raises:
+        SkippedError: No node has one.
+    """
+    found = sorted(name for name in target.runtimes if name != "fake")
+    if not found:
+        raise SkippedError("no node has a runtime that runs code; start a prism-agent")
+    return found
+
+
+async def execute(target: Target, sandbox: str) -> None:
+    """Run /bin/true, and require that it exits with 0.
+
+    Raises:
+        CliError: It did not.
+    """
+    call = target.leader.Exec(timeout=target.timeout_s)
+    start = pb.ExecStart(sandbox=sandbox, request_id=str(uuid.uuid4()), argv=["/bin/true"])
+    await call.write(pb.ExecRequest(start=start))
+    await call.done_writing()
+    async for response in call:
+        if response.WhichOneof("response") == "exit":
+            if response.exit.exit_code != 0:
+                raise CliError(f"/bin/true exited with {response.exit.exit_code} in {sandbox}")
+            return
+    raise CliError(f"an exec in {sandbox} ended without an exit status")
+
+
+async def run_program(*argv: str) -> float:
+    """Return the seconds that a program takes.
+
+    Raises:
+        CliError: It failed.
+    """
+    started = time.perf_counter()
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        _, errors = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        raise CliError(f"{argv[0]} failed: {errors.decode(errors='replace').strip()}")
+    return time.perf_counter() - started
+
+
+async def first_exec(target: Target, size: Size) -> Round:
+    """Create, and run /bin/true, one sandbox after the other; a bare start of bwrap in turn."""
+    figures: dict[str, float] = {}
+    tally = Tally()
+    for runtime in real_runtimes(target):
+        # The load's machine must also be the node's, or the two do not compare.
+        local = target.leader_address.startswith(("127.", "[::1]", "localhost"))
+        beside = runtime == "bubblewrap" and local and shutil.which("bwrap") is not None
+        bare, ready, first = [], [], []
+        for _ in range(size.at_most(_FIRST_EXECS)):
+            if beside:
+                bare.append(await run_program(*_BWRAP))
+            started = time.perf_counter()
+            sandbox = await target.leader.CreateSandbox(
+                target.request(runtime, ready=True, limits=_DEFAULTS), timeout=target.timeout_s
+            )
+            ready.append(time.perf_counter() - started)
+            await execute(target, sandbox.id)
+            first.append(time.perf_counter() - started)
+            tally.acknowledge(sandbox, started)
+            await target.delete([sandbox.id])
+        for what, seconds in (("ready", ready), ("first_exec", first), ("bare", bare)):
+            if seconds:
+                figures[f"{runtime}_{what}_p50_ms"] = percentile(sorted(seconds), 0.5) * 1e3
+                figures[f"{runtime}_{what}_p99_ms"] = percentile(sorted(seconds), 0.99) * 1e3
+        if bare:
+            figures[f"{runtime}_ratio"] = percentile(sorted(first), 0.5) / percentile(
+                sorted(bare), 0.5
+            )
+    return Round(figures, {}, tally.timeline, tally.client_cpu())
+
+
+async def exec_true(target: Target, size: Size) -> Round:
+    """Run /bin/true in a READY sandbox: one after the other for latency, then several at once."""
+    real_runtimes(target)
+    count = size.at_most(_EXECS)
+    request = target.request(real_runtimes(target)[0], ready=True, limits=_DEFAULTS)
+    sandbox = (await target.leader.CreateSandbox(request, timeout=target.timeout_s)).id
+    await execute(target, sandbox)
+    tally = Tally()
+    for _ in range(count):
+        started = time.perf_counter()
+        await execute(target, sandbox)
+        now = time.perf_counter()
+        tally.timeline.append((now - tally.started, now - started))
+    figures = latencies_ms(tally.latencies_s)
+    started = time.perf_counter()
+
+    async def one(_: int) -> None:
+        await execute(target, sandbox)
+
+    await each_of(range(count), _EXECS_IN_FLIGHT, one)
+    figures = {"execs_per_s": count / (time.perf_counter() - started), **figures}
+    cpu = tally.client_cpu()
+    await target.remove_run()
+    return Round(figures, {}, tally.timeline, cpu)
+
+
+async def real_burst(target: Target, size: Size) -> Round:
+    """Create many real sandboxes at once until READY; none may be left in the list after."""
+    runtime = real_runtimes(target)[0]
+    requests = [
+        target.request(runtime, ready=True, limits=_SMALL) for _ in range(size.at_most(_REAL_BURST))
+    ]
+    tally = Tally()
+
+    async def one(request: pb.CreateSandboxRequest) -> None:
+        await create(target, tally, request)
+
+    await each_of(requests, len(requests), one)
+    result = await settle(target, tally)
+    result.figures["leftovers"] = float(len(await target.list_run()))
+    return result
+
+
+async def cli_start(target: Target, size: Size) -> Round:
+    """Time `prismctl --help` and, where there is a node, `prismctl sandbox create`."""
+    command = (sys.executable, "-m", "prism_cli")
+    count = size.at_most(_STARTS)
+    helps = [await run_program(*command, "--help") for _ in range(count)]
+    figures = {"help_p50_ms": percentile(sorted(helps), 0.5) * 1e3}
+    if target.runtimes:
+        argv = (
+            *command, f"--api={target.leader_address}", "sandbox", "create", "--no-wait",
+            "--memory=64Mi", f"--label=prism-bench={target.run_id}",
+        )  # fmt: skip
+        creates = [await run_program(*argv) for _ in range(count)]
+        figures["create_p50_ms"] = percentile(sorted(creates), 0.5) * 1e3
+    await target.remove_run()
+    return Round(figures)
+
+
+_BARE_RATIO: Final = Bar("bubblewrap_ratio", "at most", 2)
+REAL: Final[Sequence[Workload]] = (
+    Workload("first-exec", "create to the first exec's result, per runtime, beside a bare bwrap",
+             first_exec, (_BARE_RATIO,)),
+    Workload("exec-true", "/bin/true in a READY sandbox", exec_true,
+             (Bar("p50_ms", "at most", 8), Bar("p99_ms", "at most", 25),
+              Bar("execs_per_s", "at least", 300))),
+    Workload("real-burst", "500 real sandboxes at once until READY", real_burst,
+             (Bar("failures", "at most", 0), Bar("lost", "at most", 0),
+              Bar("leftovers", "at most", 0))),
+    Workload("cli-start", "prismctl --help and prismctl sandbox create", cli_start,
+             (Bar("help_p50_ms", "at most", 150), Bar("create_p50_ms", "at most", 250))),
+)  # fmt: skip

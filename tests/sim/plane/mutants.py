@@ -1,0 +1,159 @@
+"""Known bugs around the core: of the batcher, the leader's duties, dispatch and the agents.
+
+The last five are bugs that the simulator found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prism_agent.reconcile import Reconciler, Sandbox
+from prism_common.errors import PrismError
+from prism_control.batcher import Batcher, EntryBatch
+from prism_control.node.driver import Driver
+from prism_control.raft.types import Entry
+from prism_control.scheduler.core import Scheduler
+from prism_control.scheduler.drains import Drains
+from prism_control.scheduler.liveness import Liveness
+from prism_control.state.commands import AssignSandboxes, EvictSandboxes
+from tests.sim.mutant import Mutant
+
+
+def _answers_in_the_wrong_order(original: Any) -> Callable[..., Any]:
+    def resolve(self: EntryBatch, result: Any) -> None:
+        original(self, list(reversed(result)))
+
+    return resolve
+
+
+def _another_leaders_entry_answers(original: Any) -> Callable[..., Any]:
+    def settle(self: Driver, entry: Entry, result: object) -> None:
+        pending = self._pending.get(entry.index)
+        if pending is not None:
+            pending.term = entry.term
+        original(self, entry, result if result is not None else [])
+
+    return settle
+
+
+def _waiting_callers_are_forgotten(original: Any) -> Callable[..., Any]:
+    def fail_all(self: Batcher, error: PrismError) -> None:
+        for queue in self._queues:
+            queue.items.clear()
+
+    return fail_all
+
+
+def _stale_term_is_obeyed(original: Any) -> Callable[..., Any]:
+    def assign(self: Reconciler, term: int, assignments: Any, complete: bool) -> Any:
+        return original(self, max(term, self.term), assignments, complete)
+
+    return assign
+
+
+def _unknown_copies_stay(original: Any) -> Callable[..., Any]:
+    def remove_unknown(self: Reconciler, sandbox: Sandbox) -> list[Any]:
+        return []
+
+    return remove_unknown
+
+
+def _lease_is_ignored(original: Any) -> Callable[..., Any]:
+    def lease_expired(self: Reconciler) -> list[Any]:
+        return []
+
+    return lease_expired
+
+
+def _nodes_are_lost_too_soon(original: Any) -> Callable[..., Any]:
+    def judge(self: Liveness, watched: Any, now_ms: int) -> Any:
+        return original(self, watched, now_ms + watched.row.lease_ms // 2)
+
+    return judge
+
+
+def _reservations_are_forgotten(original: Any) -> Callable[..., Any]:
+    def forget(self: Scheduler, sandbox_ids: Any) -> None:
+        """Nothing waits again."""
+
+    return forget
+
+
+def _old_copy_is_not_waited_for(original: Any) -> Callable[..., Any]:
+    def due(self: Drains, machine: Any, now_ms: int) -> Any:
+        command = original(self, machine, now_ms)
+        return command and EvictSandboxes(command.node_id, command.sandbox_ids)
+
+    return due
+
+
+def _lease_is_renewed_for_a_condemned_node(original: Any) -> Callable[..., Any]:
+    def heard(self: Liveness, node_id: str, incarnation: str, now_ms: int) -> Any:
+        watched = self._watched.get(node_id)
+        if watched is not None:
+            watched.condemned = False
+        return original(self, node_id, incarnation, now_ms)
+
+    return heard
+
+
+def _lost_explanations_are_not_told_again(original: Any) -> Callable[..., Any]:
+    def forget_all(self: Scheduler, command: AssignSandboxes) -> None:
+        self.forget(placement.sandbox_id for placement in command.placements)
+
+    return forget_all
+
+
+def _overtaken_start_keeps_its_count(original: Any) -> Callable[..., Any]:
+    def converge_stopped(self: Reconciler, sandbox: Sandbox) -> Any:
+        before = sandbox.start_count
+        actions = original(self, sandbox)
+        sandbox.start_count = before
+        return actions
+
+    return converge_stopped
+
+
+def _mutant(
+    title: str, seeds_max: int, owner: type, name: str, make: Callable[[Any], Callable[..., Any]]
+) -> Mutant:
+    return Mutant(title, seeds_max, owner, name, make, in_plane=True)
+
+
+PLANE_MUTANTS = (
+    _mutant("answers in the wrong order", 5, EntryBatch, "resolve", _answers_in_the_wrong_order),
+    _mutant(
+        "another leader's entry answers", 300, Driver, "_settle", _another_leaders_entry_answers
+    ),
+    _mutant(
+        "waiting callers are forgotten", 200, Batcher, "fail_all", _waiting_callers_are_forgotten
+    ),
+    _mutant("stale term is obeyed", 300, Reconciler, "assign", _stale_term_is_obeyed),
+    _mutant("unknown copies stay", 20, Reconciler, "_remove_unknown", _unknown_copies_stay),
+    _mutant("lease is ignored", 200, Reconciler, "lease_expired", _lease_is_ignored),
+    _mutant("nodes are lost too soon", 50, Liveness, "_judge", _nodes_are_lost_too_soon),
+    _mutant("reservations are forgotten", 200, Scheduler, "forget", _reservations_are_forgotten),
+    _mutant("old copy is not waited for", 100, Drains, "due", _old_copy_is_not_waited_for),
+    _mutant(
+        "lease of a condemned node is renewed",
+        1000,
+        Liveness,
+        "heard",
+        _lease_is_renewed_for_a_condemned_node,
+    ),
+    _mutant(
+        "lost explanations are not told again",
+        300,
+        Scheduler,
+        "forget_all",
+        _lost_explanations_are_not_told_again,
+    ),
+    _mutant(
+        "overtaken start keeps its count",
+        300,
+        Reconciler,
+        "_converge_stopped",
+        _overtaken_start_keeps_its_count,
+    ),
+)
