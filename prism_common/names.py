@@ -33,17 +33,20 @@ class _Randomness:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bytes = b""
+        self._used = 0
 
     def take(self, count: int) -> bytes:
-        """Return so many bytes that nobody else gets."""
+        """Return so many bytes, of at most a few tens, that nobody else gets."""
         with self._lock:
-            if len(self._bytes) < count:
+            begin, end = self._used, self._used + count
+            if end > len(self._bytes):
                 self._bytes = os.urandom(_FETCHED_BYTES)
-            taken, self._bytes = self._bytes[:count], self._bytes[count:]
-        return taken
+                begin, end = 0, count
+            self._used = end
+            return self._bytes[begin:end]
 
 
-_FETCHED_BYTES = 512
+_FETCHED_BYTES = 4096
 _random = _Randomness()
 
 

@@ -36,6 +36,10 @@ SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
 )
 
 
+#: For gRPC to finish with calls that have ended.
+_LEFT_TASKS_S: Final = 1.0
+
+
 class CallMetrics:
     """grpc_server_handled_total and grpc_server_handling_seconds."""
 
@@ -227,6 +231,10 @@ async def _abort(
     )
 
 
+def _serves_a_call(task: asyncio.Task[Any]) -> bool:
+    return getattr(task.get_coro(), "__name__", "") == "_schedule_rpc_coro"
+
+
 class RpcServer:
     """One gRPC port with its services, health and reflection.
 
@@ -307,3 +315,8 @@ class RpcServer:
         """Refuse new calls, give those under way `grace_s`, then cancel them."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+        # gRPC's own tasks outlast its stop by a moment; cancelled by the end of the loop, each would
+        # print a traceback.
+        left = [task for task in asyncio.all_tasks() if _serves_a_call(task)]
+        if left:
+            await asyncio.wait(left, timeout=_LEFT_TASKS_S)

@@ -51,32 +51,38 @@ def spec_proto(spec: Spec) -> sandbox_pb2.SandboxSpec:
 
 
 def sandbox_proto(row: SandboxRow) -> sandbox_pb2.Sandbox:
-    """Return the proto of a sandbox."""
-    return sandbox_pb2.Sandbox(
+    """Return the proto of a sandbox. What is not there is not set: most rows are young."""
+    proto = sandbox_pb2.Sandbox(
         id=row.id,
         name=row.name,
         spec=spec_proto(row.spec),
         state=sandbox_pb2.SandboxState.ValueType(row.state),
-        reason=row.reason,
-        message=row.message,
-        node_id=row.node_id,
-        node_name=row.node_name,
-        runtime=row.runtime,
         generation=row.generation,
         revision=row.revision,
         create_time=timestamp(row.create_ms),
-        schedule_time=timestamp(row.schedule_ms),
-        ready_time=timestamp(row.ready_ms),
-        end_time=timestamp(row.end_ms),
-        expire_time=timestamp(row.expire_ms),
-        last_seen_time=timestamp(row.last_seen_ms),
-        placement=[
-            sandbox_pb2.PlacementRefusal(
-                node_id=refusal.node_id, node_name=refusal.node_name, reason=refusal.reason
-            )
-            for refusal in row.placement
-        ],
     )
+    if row.node_id:
+        proto.node_id, proto.node_name = row.node_id, row.node_name
+    if row.runtime:
+        proto.runtime = row.runtime
+    if row.reason:
+        proto.reason = row.reason
+    if row.message:
+        proto.message = row.message
+    for name, ms in (
+        ("schedule_time", row.schedule_ms),
+        ("ready_time", row.ready_ms),
+        ("end_time", row.end_ms),
+        ("expire_time", row.expire_ms),
+        ("last_seen_time", row.last_seen_ms),
+    ):
+        if ms:
+            getattr(proto, name).FromMilliseconds(ms)
+    for refusal in row.placement:
+        proto.placement.add(
+            node_id=refusal.node_id, node_name=refusal.node_name, reason=refusal.reason
+        )
+    return proto
 
 
 def amounts_proto(amounts: Amounts) -> node_pb2.ResourceAmounts:

@@ -24,11 +24,14 @@ _REFERENCE_LENGTH_MAX: Final = 128
 
 def fingerprint(request: Message, *ignored: str) -> bytes:
     """Return a digest of a request's contents, without its request id and the `ignored` fields."""
-    copy = type(request)()
-    copy.CopyFrom(request)
-    for field in ("request_id", *ignored):
-        copy.ClearField(field)
-    return hashlib.sha256(copy.SerializeToString(deterministic=True)).digest()[:16]
+    # Taken out and put back: a copy costs more than all the rest.
+    taken = [(field, getattr(request, field)) for field in ("request_id", *ignored)]
+    for field, _ in taken:
+        request.ClearField(field)
+    encoded = request.SerializeToString(deterministic=True)
+    for field, value in taken:
+        setattr(request, field, value)
+    return hashlib.sha256(encoded).digest()[:16]
 
 
 def reference(value: str, field: str) -> str:
