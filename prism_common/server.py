@@ -315,8 +315,8 @@ class RpcServer:
         """Refuse new calls, give those under way `grace_s`, then cancel them."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
-        # gRPC's own tasks outlast its stop by a moment; cancelled by the end of the loop, each would
-        # print a traceback.
+        # gRPC's own tasks outlast its stop by a moment; if the end of the loop cancels them, each
+        # prints a traceback.
         left = [task for task in asyncio.all_tasks() if _serves_a_call(task)]
         if left:
             await asyncio.wait(left, timeout=_LEFT_TASKS_S)
