@@ -169,3 +169,21 @@ def load_execs(directory: Path) -> list[Exec]:
         if record.version == VERSION:
             execs.append(Exec(directory, record))
     return sorted(execs, key=lambda each: each.record.number)
+
+
+def sweep_rings(directory: Path) -> int:
+    """Remove the rings of execs that never started, and return the highest number in use.
+
+    A ring is made before its record, and the record before the supervisor hears of the exec: a
+    ring without one belongs to an exec that an earlier agent died in the middle of. The number of
+    a record that cannot be read stays in use, as its exec may run.
+    """
+    highest = 0
+    if not directory.is_dir():
+        return highest
+    for ring in directory.glob("*.ring"):
+        if not ring.with_suffix(".json").exists():
+            ring.unlink()
+        elif ring.stem.isdecimal():
+            highest = max(highest, int(ring.stem))
+    return highest

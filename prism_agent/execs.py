@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
-from prism_agent.exec_record import Exec, ExecRecord, digest_of, load_execs
+from prism_agent.exec_record import Exec, ExecRecord, digest_of, load_execs, sweep_rings
 from prism_agent.metrics import AgentMetrics
 from prism_agent.runtime.base import Running, Usage
 from prism_agent.supervisor import protocol
@@ -26,6 +27,8 @@ from prism_common.errors import (
     WrongStateError,
 )
 from prism_common.names import generate_id
+
+logger = logging.getLogger(__name__)
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: What nearly every program knows; a client names its own terminal in env.
@@ -60,7 +63,7 @@ class Execs:
         self._execs: dict[str, Exec] = {}
         self._numbers: dict[int, Exec] = {}
         self._requests: dict[str, Exec] = {}
-        self._next_number = 1
+        self._next_number = sweep_rings(self.directory) + 1
         #: Numbers that the supervisor has named since we connected.
         self._known: set[int] = set()
         self._known_changed = asyncio.Event()
@@ -258,7 +261,14 @@ class Execs:
             self._oom_kills_seen = max(self._oom_kills_seen, oom_kills)
         self._last_activity_s = max(self._last_activity_s, header.exit_s)
         each.close_stdin()
-        each.save()
+        try:
+            each.save()
+        except OSError as error:
+            # A full disk: how it ended is in its ring, and a restarted agent settles it again.
+            logger.warning(
+                "cannot write an exec's record",
+                extra={"path": str(each.record_path), "error": str(error)},
+            )
         self._metrics.execs.labels(_result(each)).inc()
 
     # ── starting ──

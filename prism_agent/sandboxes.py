@@ -52,6 +52,10 @@ def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return first_of(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
+def _warn(what: str, record: Record, error: OSError) -> None:
+    logger.warning(what, extra={"sandbox": record.sandbox_id, "error": str(error)})
+
+
 class _ClosedError(Exception):
     """Ends the task group of `run`, with all that is under way."""
 
@@ -127,7 +131,12 @@ class Sandboxes:
                 hosted.running.close()
                 hosted.running = None
         if hosted.running is None and runtime is not None and record.phase is not Phase.DELETED:
-            await runtime.kill(record)
+            try:
+                await runtime.kill(record)
+            except OSError as error:
+                # One that hangs in the kernel must not keep the others from being adopted. It runs
+                # nothing more, and whatever is made of the sandbox next meets it again.
+                _warn("cannot kill a sandbox yet", record, error)
             record.pid = 0
         if hosted.running is None:
             hosted.execs.lose()
@@ -318,10 +327,9 @@ class Sandboxes:
                     self._spawn(self._pause(action.sandbox_id))
                 case Resume():
                     self._spawn(self._resume_processes(action.sandbox_id))
-                case Stop():
-                    self._spawn(self._end(action.sandbox_id, action.grace_s, delete=False))
-                case Delete():
-                    self._spawn(self._end(action.sandbox_id, action.grace_s, delete=True))
+                case Stop() | Delete():
+                    self._begin_grace(action)
+                    self._spawn(self._end(action.sandbox_id, isinstance(action, Delete)))
                 case Hurry():
                     self._hurry(action)
                 case Update():
@@ -377,7 +385,12 @@ class Sandboxes:
         if record.phase is not sandbox.phase or not record.phase_time_s:
             record.phase_time_s = time.time()
         record.take(sandbox)
-        self._journal.save(record)
+        try:
+            self._journal.save(record)
+        except OSError as error:
+            # A full disk must not end the agent. A start fails where it writes the record itself;
+            # of what runs already an older record says less, and the leader says it again.
+            _warn("cannot write the journal", record, error)
         return hosted
 
     async def _start(self, sandbox_id: str) -> None:
@@ -396,6 +409,9 @@ class Sandboxes:
             running = await runtime.start(hosted.record, hosted.spec)
             hosted.running = running
             await hosted.execs.connect(running, time.time())
+            # Before it is called READY: it would be made again, empty, if it were not known to run.
+            hosted.record.phase, hosted.record.phase_time_s = Phase.READY, time.time()
+            self._journal.save(hosted.record)
         except* (StartError, OSError, SandboxGoneError) as group:
             failure = first_of(group)
         if failure is not None:
@@ -403,7 +419,6 @@ class Sandboxes:
             return
         self._metrics.start.labels(runtime.name).observe(time.perf_counter() - began_s)
         actions = self.reconciler.started(sandbox_id, runtime.name)
-        self._save(sandbox_id)
         self._watch(hosted)
         self.perform(actions)
 
@@ -413,7 +428,9 @@ class Sandboxes:
             if asked not in self._working:
                 raise StartError(f"runtime {asked} does not work on this node")
             return self._working[asked]
-        return next(iter(self._working.values()))
+        for best in self._working.values():
+            return best
+        raise StartError("no runtime works on this node")
 
     async def _start_failed(self, hosted: Hosted, error: BaseException) -> None:
         sandbox_id = hosted.record.sandbox_id
@@ -421,7 +438,7 @@ class Sandboxes:
         runtime = self._runtimes.get(hosted.record.runtime)
         message = str(error)
         if runtime is not None:
-            await runtime.kill(hosted.record)
+            await self._kill(runtime, hosted.record)
             if isinstance(error, SandboxGoneError):
                 message = f"{message}: {runtime.explain(hosted.record)}"
         if hosted.running is not None:
@@ -450,14 +467,24 @@ class Sandboxes:
         async with hosted.freezing:
             hosted.execs.lose()
             await hosted.end_file_calls()
-            runtime = self._runtimes[record.runtime]
-            await runtime.kill(record)
+            await self._kill(self._runtimes[record.runtime], record)
             running.close()
             hosted.running, hosted.watch, record.pid = None, None, 0
             reason, message = "SUPERVISOR_DIED", "the sandbox's first process ended"
             if out_of_memory:
                 reason, message = "OUT_OF_MEMORY", "the sandbox used up its memory"
             self.perform(self.reconciler.died(record.sandbox_id, reason, message))
+
+    async def _kill(self, runtime: Runtime, record: Record) -> None:
+        """Return once nothing of it runs; what hangs in the kernel is tried again."""
+        while True:
+            try:
+                await runtime.kill(record)
+            except OSError as error:
+                _warn("cannot kill a sandbox yet", record, error)
+                await asyncio.sleep(limits.DELETE_RETRY_S)
+            else:
+                return
 
     async def _stay_connected(self, hosted: Hosted, running: Running) -> None:
         """Return once the sandbox has ended; until then keep speaking to its supervisor."""
@@ -532,6 +559,13 @@ class Sandboxes:
 
     # ── ends ──
 
+    def _begin_grace(self, action: Stop | Delete) -> None:
+        """Set when the stop turns into a kill, at once: a hurry may follow in the same moment."""
+        hosted = self._hosted.get(action.sandbox_id)
+        if hosted is not None:
+            hosted.kill_at_s = asyncio.get_running_loop().time() + action.grace_s
+            hosted.hurried.clear()
+
     def _hurry(self, action: Hurry) -> None:
         hosted = self._hosted.get(action.sandbox_id)
         if hosted is not None:
@@ -539,18 +573,22 @@ class Sandboxes:
             hosted.kill_at_s = min(hosted.kill_at_s, deadline)
             hosted.hurried.set()
 
-    async def _end(self, sandbox_id: str, grace_s: float, delete: bool) -> None:
+    async def _end(self, sandbox_id: str, delete: bool) -> None:
         """Stop or delete. What cannot be removed now is tried again, and never called removed."""
         hosted = self._save(sandbox_id)
         if hosted is None:
             return
+        watch = hosted.watch
         self._unwatch(hosted)
         if not delete:
             self.tell(sandbox_id)
+        if watch is not None:
+            # It may be about to wait for the process that is let go of below.
+            await asyncio.wait({watch})
         runtime = self._runtimes.get(hosted.record.runtime)
         while True:
             try:
-                await self._terminate(hosted, grace_s)
+                await self._terminate(hosted)
                 if runtime is not None:
                     await runtime.kill(hosted.record)
                     hosted.record.pid = 0
@@ -558,10 +596,7 @@ class Sandboxes:
                         await runtime.delete(hosted.record)
                 break
             except OSError as error:
-                logger.warning(
-                    "cannot end a sandbox yet",
-                    extra={"sandbox": sandbox_id, "error": str(error)},
-                )
+                _warn("cannot end a sandbox yet", hosted.record, error)
                 await asyncio.sleep(limits.DELETE_RETRY_S)
         if delete:
             self._finish_delete(hosted)
@@ -579,17 +614,16 @@ class Sandboxes:
         hosted.execs.detach()
         self.perform(actions)
 
-    async def _terminate(self, hosted: Hosted, grace_s: float) -> None:
+    async def _terminate(self, hosted: Hosted) -> None:
         """SIGTERM to all; return when all have ended or the grace period is over."""
         running = hosted.running
         if running is None:
             return
         loop = asyncio.get_running_loop()
-        hosted.kill_at_s = loop.time() + grace_s
-        hosted.hurried.clear()
-        if running.process is not None and grace_s > 0:
+        graceful = running.process is not None and loop.time() < hosted.kill_at_s
+        if graceful:
             await self._wake(hosted, running)
-        if running.process is not None and grace_s > 0 and hosted.execs.terminate():
+        if graceful and hosted.execs.terminate():
             async with asyncio.TaskGroup() as group:
                 ended = group.create_task(running.wait())
                 while not ended.done() and loop.time() < hosted.kill_at_s:

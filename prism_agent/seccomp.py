@@ -3,7 +3,8 @@
 Two filters, and a call must pass both. The first is an allow-list by name: what is not in it does
 not exist (ENOSYS), or is forbidden (EPERM) where programs expect that answer. The second looks at
 the arguments of what the first lets pass. The list follows the default profile of Docker; here
-nothing depends on capabilities, for a sandbox has none.
+nothing depends on capabilities, for a sandbox has none, and what takes from the whole machine is
+left out: asynchronous I/O (`io_setup`: fs.aio-max-nr is one number for all) and `sync`.
 """
 
 import ctypes
@@ -28,8 +29,8 @@ futex_requeue futex_wait futex_waitv futex_wake futimesat get_mempolicy get_robu
 get_thread_area getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer
 getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit
 getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch
-inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents
-io_setup io_submit ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+inotify_init inotify_init1 inotify_rm_watch
+ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
 landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr lremovexattr lseek
 lsetxattr lstat madvise map_shadow_stack mbind membarrier memfd_create mincore mkdir mkdirat mknod
 mknodat mlock mlock2 mlockall mmap modify_ldt mprotect mq_getsetattr mq_notify mq_open
@@ -72,7 +73,8 @@ _NAMESPACE_FLAGS: Final = (
     0x00020000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+#: Push input, the console's selection, and line disciplines: kernel code that nothing here needs.
+_TIOCSTI, _TIOCLINUX, _TIOCSETD = 0x5412, 0x541C, 0x5423
 _S_IFMT, _S_IFCHR, _S_IFBLK = 0o170000, 0o020000, 0o060000
 
 
@@ -91,10 +93,13 @@ class _Compare(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One system call, with conditions on its arguments: (index, operator, value, value)."""
+    """One system call, with conditions on its arguments: (index, operator, value, value).
+
+    `error` None lets it pass; 0 does nothing, and says that it was done.
+    """
 
     call: str
-    error: int
+    error: int | None
     conditions: tuple[tuple[int, int, int, int], ...] = ()
 
 
@@ -103,11 +108,14 @@ def _by_arguments() -> Iterator[Rule]:
     for flag in _NAMESPACE_FLAGS:
         yield Rule("clone", errno.EPERM, ((0, _MASKED_EQ, flag, flag),))
     # The kernel looks at 32 bits of a request, so the upper ones must not make a difference.
-    for request in (_TIOCSTI, _TIOCLINUX):
+    for request in (_TIOCSTI, _TIOCLINUX, _TIOCSETD):
         yield Rule("ioctl", errno.EPERM, ((1, _MASKED_EQ, 0xFFFFFFFF, request),))
     for call, argument in (("mknod", 1), ("mknodat", 2)):
         for kind in (_S_IFCHR, _S_IFBLK):
             yield Rule(call, errno.EPERM, ((argument, _MASKED_EQ, _S_IFMT, kind),))
+    # All that a sandbox may write is memory, but these would flush the disks of the whole machine.
+    for call in ("sync", "syncfs"):
+        yield Rule(call, 0)
     # Limits of another process are checked by user only, so the supervisor's could be taken away.
     yield Rule("prlimit64", errno.EPERM, ((0, _NE, 0, 0),))
     allowed = (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK)
@@ -153,7 +161,7 @@ class _Builder:
         if number < 0:
             return
         conditions = (_Compare * len(rule.conditions))(*(_Compare(*c) for c in rule.conditions))
-        action = _ERRNO | rule.error if rule.error else _ALLOW
+        action = _ALLOW if rule.error is None else _ERRNO | rule.error
         result = self._library.seccomp_rule_add_array(
             self._context, action, number, len(rule.conditions), conditions
         )
@@ -180,9 +188,9 @@ def build_filters() -> tuple[bytes, bytes]:
     """
     names = _Builder(_ERRNO | errno.ENOSYS)
     for call in ALLOWED:
-        names.add(Rule(call, 0))
+        names.add(Rule(call, None))
     for value in _PERSONALITIES:
-        names.add(Rule("personality", 0, ((0, _EQ, value, 0),)))
+        names.add(Rule("personality", None, ((0, _EQ, value, 0),)))
     for call in FORBIDDEN:
         names.add(Rule(call, errno.EPERM))
     arguments = _Builder(_ALLOW)

@@ -292,6 +292,9 @@ class Tree:
             directory = self._reopen(named, os.O_RDONLY | os.O_DIRECTORY)
             with os.scandir(directory) as entries:
                 for entry in entries:
+                    # Names that come and go faster than we look would keep us here for ever.
+                    if self._ended():
+                        raise SandboxGoneError("the sandbox ended")
                     try:
                         status = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:

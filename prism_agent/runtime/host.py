@@ -75,7 +75,8 @@ def mounts_below(directory: Path) -> list[Path]:
 def supervised(tag: str) -> list[tuple[int, str]]:
     """Return the pids of supervisors, and of bwraps around one, whose tag begins with `tag`.
 
-    The tag is the last argument: node id, slash, sandbox id.
+    The tag is the last argument: node id, slash, sandbox id. Code in a sandbox may give itself any
+    arguments, so only what it cannot be counts: PID 1 of its namespace, or a process of ours.
     """
     found = []
     for entry in os.scandir("/proc"):
@@ -87,9 +88,19 @@ def supervised(tag: str) -> list[tuple[int, str]]:
                 len(arguments) >= 6
                 and arguments[-5] == b"supervise"
                 and arguments[-1].startswith(tag.encode())
+                and _is_first_or_outside(Path(entry.path))
             ):
                 found.append((int(entry.name), arguments[-1].decode("utf-8", "replace")))
     return found
+
+
+def _is_first_or_outside(process: Path) -> bool:
+    """Tell whether a process is PID 1 of a namespace below ours, or is in ours."""
+    for line in (process / "status").read_bytes().splitlines():
+        if line.startswith(b"NSpid:"):
+            pids = line.split()[1:]
+            return len(pids) == 1 or pids[-1] == b"1"
+    return False
 
 
 def kill_supervised(tag: str, exact: bool, timeout_s: float = 10.0) -> None:

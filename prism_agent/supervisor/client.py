@@ -75,6 +75,10 @@ class SupervisorClient:
         except TimeoutError:
             self.close()
             raise SandboxGoneError("the sandbox's supervisor does not answer") from None
+        except asyncio.CancelledError:
+            # Else it would be told of its loss later, when another may be in its place.
+            self.close()
+            raise
         self.version = hello.a
         if not protocol.VERSION_MIN <= hello.a <= protocol.VERSION:
             self.close()

@@ -33,6 +33,7 @@ struct exec {
     int64_t wait_offset; /* tell when there is output beyond it; -1: nobody asks */
     bool tell;           /* an UPDATE is due */
     bool full;           /* the disk was full: try again soon */
+    bool unwritten;      /* the header is newer than what the file holds: try again soon */
     uint64_t deadline_ns; /* monotonic; 0: none */
 };
 

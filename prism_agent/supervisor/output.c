@@ -17,8 +17,8 @@ void write_header(struct exec *exec)
 {
     exec->header.begin++;
     exec->header.end = exec->header.begin;
-    if (pwrite(exec->ring, &exec->header, sizeof exec->header, 0) < 0)
-        exec->full = true;
+    exec->unwritten = pwrite(exec->ring, &exec->header, sizeof exec->header, 0) !=
+                      (ssize_t)sizeof exec->header;
 }
 
 static off_t place(const struct exec *exec, uint64_t offset)
@@ -130,7 +130,9 @@ bool take_output(struct exec *exec, int stream)
         int64_t left = exec->window - (int64_t)header->head - (int64_t)sizeof record;
         room = left < (int64_t)room ? (left > 0 ? (size_t)left : 0) : room;
     }
-    exec->full = room > 0 && !allocate(exec, header->head + sizeof record + room);
+    /* Only a retry clears it: output of one stream that fits must not leave the other unwatched. */
+    if (room > 0 && !allocate(exec, header->head + sizeof record + room))
+        exec->full = true;
     if (room == 0 || exec->full) {
         set_watched(exec, stream, false);
         return false;
@@ -172,6 +174,7 @@ bool take_output(struct exec *exec, int stream)
 
 void resume_output(struct exec *exec)
 {
+    exec->full = false;
     for (int stream = 0; stream < 2; stream++)
         if (exec->pipes[stream].fd >= 0 && !exec->pipes[stream].watched)
             while (take_output(exec, stream) && exec->header.state == STATE_EXITED)

@@ -16,7 +16,8 @@
 #define SPEC_BYTES_MAX (512 * 1024)
 #define SPEC_STRINGS_MAX 2048
 #define RING_HEADER_BYTES 4096
-#define RING_BYTES_MIN (64 * 1024)
+/* More than one record of READ_BYTES, or a record would overwrite its own beginning. */
+#define RING_BYTES_MIN (128 * 1024)
 #define RING_BYTES_MAX (1024 * 1024 * 1024)
 #define READ_BYTES (64 * 1024)
 

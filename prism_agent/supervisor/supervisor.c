@@ -155,6 +155,8 @@ static void signal_exec(struct exec *exec, int signal)
         return;
     if (signal == SIGKILL)
         exec->header.killed = 1;
+    /* By its number: one that was started just now may not have its session yet. */
+    kill(exec->pid, signal);
     for (int round = 0; round < (signal == SIGKILL ? 3 : 1); round++) {
         DIR *directory = opendir("/proc");
         if (!directory) {
@@ -164,7 +166,7 @@ static void signal_exec(struct exec *exec, int signal)
         struct dirent *entry;
         while ((entry = readdir(directory)))
             if (entry->d_name[0] >= '1' && entry->d_name[0] <= '9' &&
-                session_of(entry->d_name) == exec->pid)
+                (pid_t)atoi(entry->d_name) != exec->pid && session_of(entry->d_name) == exec->pid)
                 kill((pid_t)atoi(entry->d_name), signal);
         closedir(directory);
     }
@@ -361,9 +363,15 @@ static int run_timers(void)
         }
         if (exec->full)
             resume_output(exec);
-        uint64_t due = exec->full ? now + RETRY_NS : exec->deadline_ns;
-        if (due && due < next)
-            next = due;
+        if (exec->unwritten) {
+            /* An end that no file tells of would keep its clients waiting for ever. */
+            write_header(exec);
+            exec->tell |= !exec->unwritten;
+        }
+        if (exec->deadline_ns && exec->deadline_ns < next)
+            next = exec->deadline_ns;
+        if ((exec->full || exec->unwritten) && now + RETRY_NS < next)
+            next = now + RETRY_NS;
     }
     return next == UINT64_MAX ? -1 : (int)((next - now) / 1000000 < 60000 ? (next - now) / 1000000 + 1 : 60000);
 }
@@ -392,7 +400,7 @@ static void serve(void)
 
 static int supervise(int argc, char **argv)
 {
-    sigset_t all;
+    sigset_t child;
     /* Elsewhere than in a PID namespace of its own, TERMINATE would signal the whole machine. */
     if (argc != 6 || getpid() != 1)
         return 2;
@@ -401,12 +409,13 @@ static int supervise(int argc, char **argv)
     processes_max = (rlim_t)atoll(argv[4]);
     if (prctl(PR_SET_DUMPABLE, 0) != 0)
         return 3;
-    sigfillset(&all);
-    sigprocmask(SIG_SETMASK, &all, NULL);
+    /* Only this one: PID 1 is sent nothing that it does not ask for, but what it blocks would be
+     * queued, and the code of the sandbox could fill the queue that the kernel gives to its user. */
+    sigemptyset(&child);
+    sigaddset(&child, SIGCHLD);
+    sigprocmask(SIG_SETMASK, &child, NULL);
     signal(SIGPIPE, SIG_IGN);
-    sigemptyset(&all);
-    sigaddset(&all, SIGCHLD);
-    signal_fd = signalfd(-1, &all, SFD_CLOEXEC | SFD_NONBLOCK);
+    signal_fd = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (signal_fd < 0 || epoll_fd < 0 || fcntl(listen_fd, F_SETFD, FD_CLOEXEC) != 0 ||
         fcntl(listen_fd, F_SETFL, O_NONBLOCK) != 0)

@@ -52,7 +52,10 @@ class Gateway(agent_pb2_grpc.AgentGatewayServicer):
     ) -> AsyncIterator[agent_pb2.SessionResponse]:
         if self.leader is not None:
             raise NotLeaderError("not the leader", metadata={"leader": self.leader})
-        first = await anext(request_iterator)
+        first = await anext(request_iterator, None)
+        if first is None:
+            # The agent died before it said who it is.
+            return
         outbox: asyncio.Queue[agent_pb2.SessionResponse] = asyncio.Queue()
         self._outboxes.append(outbox)
         welcome = agent_pb2.Welcome(

@@ -17,6 +17,7 @@ from prism.agent.v1 import agent_pb2_grpc
 from prism.node.v1 import node_pb2_grpc
 from prism.sandbox.v1 import sandbox_pb2
 
+from prism_agent.purge import purge
 from prism_agent.runtime import host
 from prism_common.channels import open_channel
 
@@ -68,11 +69,18 @@ class AgentProcess:
         self._channel: grpc.aio.Channel | None = None
         self.address = ""
         self.log = data_dir.with_suffix(".log")
+        self._log_offset = 0
 
     async def start(self) -> None:
+        """Start it, and return once it serves."""
+        await self.spawn()
+        await self.serving()
+
+    async def spawn(self) -> None:
+        """Start it, and return at once."""
         environment = {**os.environ, "PYTHONPATH": f"{_ROOT}:{_ROOT / 'proto'}"}
         with self.log.open("ab") as log:
-            offset = log.tell()
+            self._log_offset = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-c",
@@ -86,7 +94,12 @@ class AgentProcess:
                 stderr=log,
                 env=environment,
             )
-        self.address = await self._read_address(offset)
+
+    async def serving(self) -> None:
+        """Return once what was spawned serves."""
+        self.address = await self._read_address(self._log_offset)
+        if self._channel is not None:
+            await self._channel.close()
         self._channel = open_channel(self.address)
 
     async def _read_address(self, offset: int) -> str:
@@ -116,6 +129,16 @@ class AgentProcess:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """It was started, and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    async def wait(self) -> int:
+        """Return its exit status when it has ended by itself."""
+        assert self._process is not None
+        return await self._process.wait()
+
     async def end(self, number: int = signal.SIGTERM) -> int:
         """Signal the agent, and return its exit status."""
         if self._channel is not None:
@@ -126,6 +149,17 @@ class AgentProcess:
             self._process.send_signal(number)
         async with asyncio.timeout(60):
             return await self._process.wait()
+
+    async def kill(self) -> None:
+        """Kill it. Calls under way fail by themselves, as a client sees them fail."""
+        assert self._process is not None
+        self._process.kill()
+        await self._process.wait()
+
+    async def clear(self) -> None:
+        """End it by force if it runs still, and remove what it has left."""
+        await self.end(signal.SIGKILL)
+        await purge(self.data_dir)
 
     @property
     def stub(self) -> agent_pb2_grpc.AgentServiceStub:

@@ -83,8 +83,9 @@ async def test_signal_reaches_the_session_and_is_reported(
 
 async def test_signal_call_interrupts(agent: AgentProcess, sandbox: str) -> None:
     program = (
-        "import signal,sys,time\n"
-        "def h(*a): print('got', flush=True); sys.exit(5)\n"
+        "import os,signal,time\n"
+        # Not print: the signal may come while the other one is still being flushed.
+        "def h(*a): os.write(1, b'got\\n'); os._exit(5)\n"
         "signal.signal(signal.SIGUSR1, h); print('up', flush=True); time.sleep(1000)"
     )
     call = agent.open(sandbox, ["python3", "-c", program])

@@ -119,6 +119,29 @@ async def test_forced_delete_hurries_a_slow_stop(
     call.cancel()
 
 
+async def test_forced_delete_hurries_a_stop_that_has_not_begun(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    call = agent.open(sandbox, ["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
+    await call.until(b"up\n")
+    both = [agent_pb2.DESIRED_STATE_STOPPED, agent_pb2.DESIRED_STATE_DELETED]
+    stop, delete = (
+        agent_pb2.Assignment(
+            sandbox_id=sandbox,
+            generation=1,
+            start_count=1,
+            desired=desired,
+            grace_period=duration_pb2.Duration(seconds=seconds),
+        )
+        for desired, seconds in zip(both, (300, 0), strict=True)
+    )
+    gateway.assignments[sandbox] = delete
+    # Both in one batch: the second is obeyed before the agent has done anything for the first.
+    gateway.send(stop, delete)
+    await gateway.wait_for(sandbox, DELETED)
+    call.cancel()
+
+
 async def test_ttl_is_the_nodes_own(agent: AgentProcess, gateway: Gateway) -> None:
     await gateway.wait_registrations(1)
     gateway.assign("sb-ttl", ttl_s=1.0)

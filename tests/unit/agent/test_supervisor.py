@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import resource
 import shutil
 import socket
 import struct
@@ -12,91 +13,26 @@ from pathlib import Path
 
 import pytest
 
-from prism_agent.runtime import host
 from prism_agent.runtime.bubblewrap import SUPERVISOR
 from prism_agent.supervisor import protocol
 from prism_agent.supervisor.client import SupervisorClient
-from prism_agent.supervisor.protocol import Event, Message, Request, RingHeader, State
-from prism_agent.supervisor.ring import Ring
-
-RING_BYTES = 256 * 1024
+from prism_agent.supervisor.protocol import Message, Request, State
+from tests.unit.agent.supervised import RING_BYTES, Supervised, output_of
 
 
-class Supervised:
-    """One supervisor, and the execs that a test starts in it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.tag = f"test-{os.getpid()}/{directory.name}"
-        self.socket_path = directory / "control"
-        self.events: list[Message] = []
-        self.changed = asyncio.Event()
-        self.rings: dict[int, Ring] = {}
-        self.client = SupervisorClient(self._on_event, lambda: None)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(str(self.socket_path))
-        listener.listen(4)
-        argv = ["bwrap", "--unshare-pid", "--unshare-net", "--as-pid-1", "--dev-bind", "/", "/",
-                "--proc", "/proc", "--", str(SUPERVISOR), "supervise", str(listener.fileno()),
-                "256", "0", self.tag]  # fmt: skip
-        self.process = subprocess.Popen(argv, pass_fds=[listener.fileno()])
-        listener.close()
-
-    def _on_event(self, message: Message) -> None:
-        self.events.append(message)
-        self.changed.set()
-
-    def start(self, number: int, argv: list[str], flags: int = 0, timeout_ns: int = 0) -> Ring:
-        ring = Ring.create(self.directory / f"{number}.ring", RING_BYTES)
-        self.rings[number] = ring
-        spec = os.memfd_create("spec")
-        os.write(spec, protocol.encode_spec("/", argv, {"PATH": "/usr/bin:/bin"}))
-        message = Message(Request.EXEC, number, timeout_ns, flags)
-        self.client.send(message, [spec, ring.fileno()])
-        os.close(spec)
-        return ring
-
-    async def wait(self, number: int, state: State) -> RingHeader:
-        async with asyncio.timeout(20):
-            while (header := self.rings[number].header()).state < state:
-                self.changed.clear()
-                await self.changed.wait()
-        return header
-
-    async def run(self, number: int, argv: list[str]) -> tuple[RingHeader, bytes]:
-        ring = self.start(number, argv)
-        header = await self.wait(number, State.DRAINED)
-        return header, output_of(ring)
-
-    async def error(self) -> Message:
-        async with asyncio.timeout(20):
-            while not any(each.kind == Event.ERROR for each in self.events):
-                self.changed.clear()
-                await self.changed.wait()
-        return next(each for each in self.events if each.kind == Event.ERROR)
-
-
-def output_of(ring: Ring, offset: int = 0) -> bytes:
-    data = b""
-    while True:
-        outputs, offset = ring.read(offset)
-        if not outputs:
-            return data
-        data += b"".join(each.data for each in outputs)
-
-
-@pytest.fixture
-async def supervised(tmp_path: Path) -> AsyncIterator[Supervised]:
+@pytest.fixture(params=["built", "sanitised"])
+async def supervised(
+    tmp_path: Path, request: pytest.FixtureRequest, sanitised: Path | None
+) -> AsyncIterator[Supervised]:
     if shutil.which("bwrap") is None or not os.access(SUPERVISOR, os.X_OK):
         pytest.skip("needs bwrap and the built supervisor")
-    one = Supervised(tmp_path)
+    program = SUPERVISOR if request.param == "built" else sanitised
+    if program is None:
+        pytest.skip("the compiler has no sanitisers")
+    one = Supervised(tmp_path, program)
     await one.client.connect(one.socket_path)
     yield one
-    one.client.close()
-    for ring in one.rings.values():
-        ring.close()
-    host.kill_supervised(one.tag, exact=True)
-    one.process.wait()
+    assert one.end() == ""
 
 
 async def test_exit_status_and_output(supervised: Supervised) -> None:
@@ -229,3 +165,30 @@ async def test_terminate_ends_it_with_the_last_process(supervised: Supervised) -
     header = ring.header()
     assert header.exit_code == 5
     assert output_of(ring).endswith(b"bye\n")
+
+
+async def test_an_end_that_could_not_be_written_is_written_later(supervised: Supervised) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root: to have writes of another process fail")
+    ring = supervised.start(1, ["sleep", "60"])
+    await supervised.wait(1, State.RUNNING)
+    pid = supervised.pid()
+    unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    supervised.client.send(Message(Request.SIGNAL, 1, 9))
+    async with asyncio.timeout(20):
+        while not any(each.b & 0xFF == State.DRAINED for each in supervised.events):
+            supervised.changed.clear()
+            await supervised.changed.wait()
+    assert ring.header().state is State.RUNNING
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+    header = await supervised.wait(1, State.DRAINED)
+    assert (header.signal, header.killed) == (9, True)
+
+
+async def test_a_signal_right_after_the_start_is_not_lost(supervised: Supervised) -> None:
+    numbers = range(1, 41)
+    for number in numbers:
+        supervised.start(number, ["sleep", "60"])
+        supervised.client.send(Message(Request.SIGNAL, number, 9))
+    for number in numbers:
+        assert (await supervised.wait(number, State.DRAINED)).signal == 9
