@@ -1,5 +1,6 @@
 """`prismctl sandbox exec`, `attach`, `execs` and `run`: commands in a sandbox."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 
     from prism_cli.client import Client
     from prism_cli.streams import ExecSession
+    from prism_cli.terminal import LocalTerminal
 
 Interactive = Annotated[
     bool, typer.Option("--interactive", "-i", help="Send standard input to the command.")
 ]
-Terminal = Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")]
+Terminal = Annotated[
+    bool, typer.Option("--tty", "-t", help="Give the command a terminal; with -i, this one.")
+]
 ExecEnv = Annotated[
     list[str] | None,
     typer.Option("--env", "-e", metavar="KEY=VALUE", help="Variable; may be given again."),
@@ -48,6 +52,7 @@ ExecTimeout = Annotated[
     takes_command=True,
     examples=[
         "prismctl sandbox exec web -- python3 -c 'print(6 * 7)'",
+        "prismctl sandbox exec -it web -- bash",
         "prismctl sandbox exec -i web -- sh < script.sh",
         "prismctl sandbox exec web --env MODE=test --cwd /tmp -- env",
         "prismctl sandbox exec web --detach -- sleep 600",
@@ -70,7 +75,8 @@ def exec_(
     r"""Run a command in a sandbox; its output, signals and exit status are this one's.
 
     It runs as it is written, without a shell. If the connection breaks, it goes on: prismctl
-    attaches again. Ctrl-C and SIGTERM go to the command; Ctrl-\ leaves it running.
+    attaches again. Ctrl-C and SIGTERM go to the command; Ctrl-\ leaves it running. With -it
+    every key goes to the command; Ctrl-P Ctrl-Q leaves it running.
     """
     from prism_cli.client import Client
     from prism_cli.output import write_data, write_lines
@@ -78,12 +84,14 @@ def exec_(
 
     if detach and interactive:
         raise typer.BadParameter("a detached command has no input", param_hint="'-i'")
+    local_terminal(tty and not detach)
     start = make_start(
         argv, stdin=interactive, tty=tty, env=env, cwd=cwd, user=user, exec_timeout=exec_timeout
     )
     start.sandbox, start.detach = name, detach
     with Client(settings) as client:
-        session = ExecSession(client, name, start, stdin=interactive)
+        terminal = local_terminal(tty and not detach)
+        session = ExecSession(client, name, start, stdin=interactive, terminal=terminal)
         if not detach:
             raise typer.Exit(follow(session, argv))
         exec_id = session.start_detached()
@@ -98,6 +106,7 @@ def exec_(
     "attach",
     examples=[
         "prismctl sandbox attach web ex-0123456789",
+        "prismctl sandbox attach -it web ex-0123456789",
         "prismctl sandbox attach web ex-0123456789 --after 4096",
     ],
 )
@@ -108,6 +117,9 @@ def attach(
     interactive: Annotated[
         bool, typer.Option("--interactive", "-i", help="Send standard input and signals to it.")
     ] = False,
+    tty: Annotated[
+        bool, typer.Option("--tty", "-t", help="The exec has a terminal: with -i, be this one.")
+    ] = False,
     after: Annotated[
         int,
         typer.Option(
@@ -117,11 +129,13 @@ def attach(
 ) -> None:
     """Show the output of an exec from its beginning, and its exit status once it ends.
 
-    Ctrl-C leaves it running, unless -i is given: then it goes to the exec.
+    Ctrl-C leaves it running, unless -i is given: then it goes to the exec. With -it every key
+    does; Ctrl-P Ctrl-Q leaves it running.
     """
     from prism_cli.client import Client
     from prism_cli.streams import ExecSession
 
+    terminal = local_terminal(tty)
     with Client(settings) as client:
         session = ExecSession(
             client,
@@ -131,6 +145,7 @@ def attach(
             after_sequence=after,
             stdin=interactive,
             forward_signals=interactive,
+            terminal=terminal,
         )
         raise typer.Exit(follow(session, []))
 
@@ -228,6 +243,7 @@ def run(
         priority=priority,
         request_id=None,
     )
+    terminal = local_terminal(tty)
     start = make_start(
         argv, stdin=interactive, tty=tty, env=None, cwd=cwd, user=user, exec_timeout=exec_timeout
     )
@@ -237,7 +253,10 @@ def run(
             keep.CopyFrom(sandbox)
             wait_until(client, sandbox, READY)
         start.sandbox = sandbox.id
-        status = follow(ExecSession(client, sandbox.id, start, stdin=interactive), argv)
+        session = ExecSession(
+            client, sandbox.id, start, stdin=interactive, terminal=terminal, detach_keys=False
+        )
+        status = follow(session, argv)
     raise typer.Exit(status)
 
 
@@ -278,6 +297,20 @@ def removed_after(
             )
 
 
+def local_terminal(tty: bool) -> "LocalTerminal | None":
+    """Return the terminal on standard input where -t asks for one."""
+    from prism_cli.terminal import LocalTerminal
+
+    if not tty:
+        return None
+    if not os.isatty(0):
+        raise typer.BadParameter(
+            "standard input is not a terminal; leave -t out (-i alone sends piped input)",
+            param_hint="'-t'",
+        )
+    return LocalTerminal()
+
+
 def make_start(
     argv: list[str],
     *,
@@ -289,22 +322,24 @@ def make_start(
     exec_timeout: float | None,
 ) -> "sandbox_pb2.ExecStart":
     """Return what to run, without the sandbox."""
-    import shutil
-
     from prism.sandbox.v1 import sandbox_pb2
 
     from prism_cli.creation import new_request_id, to_duration
+    from prism_cli.terminal import LocalTerminal
 
-    size = shutil.get_terminal_size()
-    window = sandbox_pb2.WindowSize(rows=size.lines, columns=size.columns)
+    rows, columns = LocalTerminal().size()
+    variables = quantities.parse_pairs(env, "--env", "MODE=test")
+    if tty:
+        ours = {key: os.environ.get(key, "") for key in ("TERM", "COLORTERM")}
+        variables = {key: value for key, value in ours.items() if value} | variables
     return sandbox_pb2.ExecStart(
         request_id=new_request_id(),
         argv=argv,
-        env=quantities.parse_pairs(env, "--env", "MODE=test"),
+        env=variables,
         cwd=cwd,
         user=user,
         stdin=stdin,
-        terminal=window if tty else None,
+        terminal=sandbox_pb2.WindowSize(rows=rows, columns=columns) if tty else None,
         timeout=to_duration(exec_timeout),
     )
 

@@ -21,6 +21,7 @@ from prism.sandbox.v1 import sandbox_pb2 as pb
 from prism_cli.calls import Stream
 from prism_cli.client import FINAL_REASONS, Backoff, Client, Deadline, resume_wait_s
 from prism_cli.errors import CliError, LeavingError, UnreachableError, say
+from prism_cli.terminal import DetachKeys, LocalTerminal
 from prism_common.errors import PrismError
 from prism_common.status import RemoteError
 
@@ -80,6 +81,9 @@ class ExecSession:
         after_sequence: Output up to here is not shown again.
         stdin: Send standard input.
         forward_signals: Send signals to the exec; else they end this program only.
+        terminal: The terminal that the exec has. With `stdin` it is raw while the exec runs: keys
+            are bytes, and signals, which then are not keys, end this program only.
+        detach_keys: Ctrl-P Ctrl-Q ends this program, and leaves the exec running.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class ExecSession:
         after_sequence: int = 0,
         stdin: bool = False,
         forward_signals: bool = True,
+        terminal: LocalTerminal | None = None,
+        detach_keys: bool = True,
     ) -> None:
         self.exec_id = exec_id
         self._client = client
@@ -99,7 +105,12 @@ class ExecSession:
         self._start = start
         self._sequence = after_sequence
         self._stdin = stdin
-        self._forward_signals = forward_signals
+        self._terminal = terminal
+        self._raw_terminal = terminal if stdin else None
+        self._forward_signals = forward_signals and self._raw_terminal is None
+        self._detach_keys = DetachKeys() if self._raw_terminal and detach_keys else None
+        self._detaching = False
+        self._size_sent: tuple[int, int] | None = None
         self._outbox: _Outbox | None = None
         self._outbox_lock = threading.Lock()
         self._call: Stream[pb.ExecResponse] | None = None
@@ -123,7 +134,7 @@ class ExecSession:
         if self._stdin:
             threading.Thread(target=self._pump_stdin, daemon=True, name="stdin").start()
         backoff = Backoff()
-        with self._signals():
+        with self._signals(), self._terminal_given_back():
             while True:
                 before = self._sequence
                 try:
@@ -167,8 +178,7 @@ class ExecSession:
             kind = response.WhichOneof("response")
             if kind == "started":
                 self.exec_id = response.started.exec_id or self.exec_id
-                self._live = True
-                self._started.set()
+                self._begin()
             elif kind == "output":
                 self._write(response.output)
             elif kind == "exit":
@@ -182,8 +192,7 @@ class ExecSession:
         watchdog = threading.Timer(self._client.timeout_s, self._give_up, [call])
         watchdog.daemon = True
         if attaching:  # the attach itself carries signals, and a quiet exec sends nothing
-            self._live = True
-            self._started.set()
+            self._begin()
         else:
             watchdog.start()
         try:
@@ -199,13 +208,33 @@ class ExecSession:
         finally:
             watchdog.cancel()
 
+    def _begin(self) -> None:
+        """Let input and signals through: the exec runs."""
+        self._live = True
+        if self._raw_terminal is not None:
+            self._raw_terminal.enter_raw()
+        self._send_size()
+        self._started.set()
+
+    def _send_size(self) -> None:
+        """Tell the exec the terminal's size, if it has another one."""
+        if self._terminal is None or self._outbox is None or not self._live:
+            return
+        size = self._terminal.size()
+        if size != self._size_sent:
+            self._size_sent = size
+            self._outbox.put("resize", pb.WindowSize(rows=size[0], columns=size[1]))
+
     def _open(self) -> Stream[pb.ExecResponse]:
+        self._size_sent = None
         if self.exec_id:
             first = pb.AttachStart(
                 sandbox=self._sandbox, exec_id=self.exec_id, after_sequence=self._sequence
             )
             outbox = self._replace_outbox(pb.AttachExecRequest, first)
             return self._client.converse(lambda stubs: stubs.sandboxes.AttachExec, outbox)
+        if self._start is not None and self._start.HasField("terminal"):
+            self._size_sent = (self._start.terminal.rows, self._start.terminal.columns)
         outbox = self._replace_outbox(pb.ExecRequest, self._start)
         return self._client.converse(lambda stubs: stubs.sandboxes.Exec, outbox)
 
@@ -213,7 +242,7 @@ class ExecSession:
         new = _Outbox(kind, first, self._on_input)
         with self._outbox_lock:
             for field, value in self._outbox.close() if self._outbox is not None else ():
-                if field != "stdin_eof":
+                if field not in ("stdin_eof", "resize"):  # both are sent anew
                     new.put(field, value)
             self._outbox = new
             if self._eof_sent:
@@ -239,7 +268,7 @@ class ExecSession:
                 return
             begins = output.sequence - len(data)
             if begins > self._sequence:
-                say(f"{begins - self._sequence} bytes of older output are no longer kept")
+                self._say(f"{begins - self._sequence} bytes of older output are no longer kept")
             data = data[max(0, self._sequence - begins) :]
         to_stderr = output.stream == pb.OUTPUT_STREAM_STDERR
         write_all(2 if to_stderr else 1, data)
@@ -289,10 +318,20 @@ class ExecSession:
                 "the connection broke while standard input was sent, and a part may be missing; "
                 f"exec {self.exec_id} goes on: {self._attach_line()}"
             )
-        say("the connection broke; the input of the last moments may be missing")
+        self._say("the connection broke; the input of the last moments may be missing")
 
     def _attach_line(self) -> str:
-        return f"prismctl sandbox attach {self._sandbox} {self.exec_id}"
+        flags = "-it " if self._raw_terminal is not None else ""
+        return f"prismctl sandbox attach {flags}{self._sandbox} {self.exec_id}"
+
+    def _say(self, line: str) -> None:
+        """Write a line for people; a raw terminal does not go to its beginning by itself."""
+        raw = self._raw_terminal is not None and self._raw_terminal.is_raw
+        if raw:
+            write_all(2, b"\r")
+        say(line)
+        if raw:
+            write_all(2, b"\r")
 
     # ── Standard input, signals, pipes ───────────────────────────────────────────────────────
 
@@ -304,6 +343,19 @@ class ExecSession:
                 data = os.read(0, _READ_BYTES)
             except OSError:
                 data = b""  # closed, or a terminal of another process group
+            detach = False
+            if self._detach_keys is not None:
+                kept, detach = self._detach_keys.feed(data)
+                if not kept and not detach and data:  # half of the keys
+                    self._slots.release()
+                    continue
+                data = kept
+            if detach:
+                self._detaching = True
+                main = threading.main_thread().ident
+                if main is not None:
+                    signal.pthread_kill(main, signal.SIGQUIT)
+                return
             with self._outbox_lock:
                 if self._outbox is None:
                     return
@@ -320,15 +372,32 @@ class ExecSession:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         handled = (*FORWARDED_SIGNALS, signal.SIGQUIT)
-        before = {number: signal.getsignal(number) for number in handled}
+        of_terminal = (signal.SIGWINCH, signal.SIGCONT) if self._terminal is not None else ()
+        before = {number: signal.getsignal(number) for number in (*handled, *of_terminal)}
         for number in handled:
             if before[number] is not signal.SIG_IGN:  # nohup stays nohup
                 signal.signal(number, self._on_signal)
+        for number in of_terminal:
+            signal.signal(number, self._on_terminal_changed)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def _terminal_given_back(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if self._raw_terminal is not None:
+                self._raw_terminal.restore()
+
+    def _on_terminal_changed(self, number: int, _frame: FrameType | None) -> None:
+        """Follow a new size; after a stop by a signal the shell has made the terminal its own."""
+        if number == signal.SIGCONT and self._raw_terminal is not None and self._live:
+            self._raw_terminal.enter_raw()
+        self._send_size()
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         r"""Pass a signal on; where it cannot reach the exec, it ends this program.
@@ -339,9 +408,15 @@ class ExecSession:
         if reaches and self._outbox is not None:
             self._outbox.put("signal", number)
             return
+        if self._raw_terminal is not None and self._raw_terminal.is_raw:
+            self._raw_terminal.restore()
+            write_all(2, b"\n")
         if self.exec_id:
             say(f"exec {self.exec_id} goes on: {self._attach_line()}")
-        raise LeavingError(number)
+        leaving = LeavingError(number)
+        if self._detaching:
+            leaving.exit_status = 0
+        raise leaving
 
     def _tell_broken_pipe(self) -> None:
         """End a command whose output nobody reads, as a local pipe would."""

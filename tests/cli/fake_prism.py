@@ -48,6 +48,7 @@ class FakeExec:
         self.exit: pb.ExecExit | None = None
         self.stdin: deque[bytes | None] = deque()
         self.signals: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
         self.changed = threading.Condition()
         self.sequence = 0
         self._program = program
@@ -91,6 +92,8 @@ class FakeExec:
                 self.stdin.append(None)
             elif kind == "signal":
                 self.signals.append(request.signal)
+            elif kind == "resize":
+                self.sizes.append((request.resize.rows, request.resize.columns))
             self.changed.notify_all()
 
     def info(self) -> pb.ExecInfo:
@@ -109,6 +112,16 @@ def exit_with(execution: FakeExec) -> int:
 
 def echo(execution: FakeExec) -> int:
     execution.write(" ".join(execution.start.argv[1:]).encode() + b"\n")
+    return 0
+
+
+def shell(execution: FakeExec) -> int:
+    """Say what is typed, byte by byte, until `q`."""
+    execution.write(b"ready\r\n")
+    while (data := execution.read()) is not None:
+        execution.write(f"<{data.hex()}>".encode())
+        if b"q" in data:
+            return 5
     return 0
 
 
@@ -146,7 +159,7 @@ def out_of_memory(execution: FakeExec) -> pb.ExecExit:
 
 
 PROGRAMS: dict[str, Callable[[FakeExec], Any]] = {
-    "exit": exit_with, "echo": echo, "both": both, "cat": cat, "wait": wait_signal,
+    "exit": exit_with, "echo": echo, "both": both, "shell": shell, "cat": cat, "wait": wait_signal,
     "count": count, "flood": flood, "oom": out_of_memory,
 }  # fmt: skip
 
@@ -355,8 +368,6 @@ class FakePrism(
     def Exec(self, requests: Any, context: Any) -> Iterator[pb.ExecResponse]:
         start = next(requests).start
         self._begin("Exec", start, context)
-        if start.HasField("terminal"):
-            abort(context, errors.NotServedError("a terminal"))
         self._find(start.sandbox, context)
         exec_id = self.exec_by_request.get(start.request_id, "")
         if not exec_id:

@@ -166,13 +166,6 @@ def test_flags_reach_the_server(cli: Run, fake: FakePrism) -> None:
     )
 
 
-def test_a_terminal_is_asked_for_and_the_refusal_is_clear(cli: Run, fake: FakePrism) -> None:
-    result = cli("sandbox", "exec", "-it", "web", "--", "cat")
-    assert result.returncode == 1
-    assert b"a terminal is not served by this version" in result.stderr
-    assert fake.requests("Exec")[0].terminal.rows > 0
-
-
 @pytest.mark.parametrize(
     ("program", "status", "words"),
     [("oom", 137, b"out of the sandbox's memory"), ("nosuch", 127, b"no such program")],
