@@ -142,10 +142,10 @@ class Batcher:
         self._check_open()
         waiting = Group(len(group))
         now = time.monotonic()
-        touched: set[RequestQueue] = set()
+        touched: dict[RequestQueue, None] = {}
         for position, (command, size) in enumerate(group):
             queue = self._queue_of(command)
-            touched.add(queue)
+            touched[queue] = None
             try:
                 queue.put(command, size, Member(waiting, position), now)
             except QueueFullError as error:

@@ -220,20 +220,23 @@ class Dispatch:
         """Return a node's session."""
         return self._agents.get(node_id)
 
-    def observe(self, events: Sequence[Event]) -> set[str]:
-        """Take over committed changes; return the nodes whose sessions have something to send."""
-        touched: set[str] = set()
+    def observe(self, events: Sequence[Event]) -> list[str]:
+        """Take over committed changes; return the nodes whose sessions have something to send.
+
+        Each is named once, in the order of the changes.
+        """
+        touched: dict[str, None] = {}
         for event in events:
             if not isinstance(event, SandboxChanged):
                 continue
             previous = event.previous
-            nodes = {event.row.node_id, "" if previous is None else previous.node_id}
-            for node_id in nodes:
+            before = "" if previous is None else previous.node_id
+            for node_id in dict.fromkeys((before, event.row.node_id)):
                 agent = self._agents.get(node_id)
                 if agent is not None:
                     agent.observe(event)
-                    touched.add(node_id)
-        return {node_id for node_id in touched if self._agents[node_id].ready}
+                    touched[node_id] = None
+        return [node_id for node_id in touched if self._agents[node_id].ready]
 
 
 def _is_start(row: SandboxRow) -> bool:

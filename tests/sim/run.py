@@ -83,24 +83,25 @@ def run_seed(seed: int, options: Options | None = None) -> Result:
     )
 
 
-def replay_command(seed: int) -> str:
+def replay_command(seed: int, only_plane: bool = False) -> str:
     """Return what shows the same run again, step by step."""
-    return f"python -m tests.sim.run --seed {seed} --trace"
+    return f"python -m tests.sim.run --seed {seed} --trace{' --plane' if only_plane else ''}"
 
 
-def _run_many(first: int, count: int, processes: int) -> int:
+def _run_many(first: int, count: int, processes: int, only_plane: bool) -> int:
+    run = run_plane if only_plane else run_seed
     began = time.monotonic()
     failed = 0
     totals = [0] * len(fields(Result)[3:])
     with multiprocessing.Pool(processes) as pool:
         seeds = range(first, first + count)
-        for done, result in enumerate(pool.imap_unordered(run_seed, seeds, chunksize=4), 1):
+        for done, result in enumerate(pool.imap_unordered(run, seeds, chunksize=4), 1):
             counts = astuple(result)[3:]
             totals = [total + more for total, more in zip(totals, counts, strict=True)]
             if result.failure:
                 failed += 1
                 print(f"seed {result.seed} FAILED: {result.failure}")
-                print(f"  replay: {replay_command(result.seed)}", flush=True)
+                print(f"  replay: {replay_command(result.seed, only_plane)}", flush=True)
             if done % 50 == 0 or done == count:
                 per_minute = done / (time.monotonic() - began) * 60
                 print(
@@ -133,6 +134,19 @@ def shrink(seed: int) -> list[int]:
         size //= 2
 
 
+def _run_one_plane(seed: int, with_trace: bool) -> int:
+    if not with_trace:
+        result = run_plane(seed)
+        print(result.details or result)
+        return 1 if result.failure else 0
+    try:
+        Plane(seed, trace=print).run()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the seed has found it
+        print(f"FAILED {type(error).__name__}: {error}", flush=True)
+        return 1
+    return 0
+
+
 def _run_one(seed: int, with_trace: bool, left_out: list[int]) -> int:
     drawn = Options.draw(Random(f"options {seed}"))
     options = replace(drawn, faults_left_out=frozenset(left_out)) if left_out else None
@@ -160,10 +174,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="run this seed alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
+    parser.add_argument("--plane", action="store_true", help="run the whole control plane alone")
     parser.add_argument("--shrink", action="store_true", help="with --seed: find needless faults")
     parser.add_argument("--leave-out", default="", help="with --seed: numbers of faults, by commas")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
+    if options.plane and (options.shrink or options.leave_out):
+        parser.error("--shrink and --leave-out know no faults of --plane: leave one of them out")
+    if options.plane and options.seed is not None:
+        return _run_one_plane(options.seed, options.trace)
     if options.seed is not None:
         if options.shrink:
             needless = ",".join(map(str, shrink(options.seed)))
@@ -171,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         left_out = [int(number) for number in options.leave_out.split(",") if number]
         return _run_one(options.seed, options.trace, left_out)
-    return _run_many(options.first_seed, options.seeds, options.processes)
+    return _run_many(options.first_seed, options.seeds, options.processes, options.plane)
 
 
 if __name__ == "__main__":

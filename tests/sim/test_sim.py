@@ -120,7 +120,7 @@ def test_another_seed_gives_another_trace() -> None:
 def test_the_trace_does_not_depend_on_the_hash_seed() -> None:
     traces = [
         subprocess.run(
-            [sys.executable, "-m", "tests.sim.run", "--seed", "5", "--trace"],
+            [sys.executable, "-m", "tests.sim.run", "--seed", "8", "--trace"],
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
             check=True,
             capture_output=True,
@@ -145,3 +145,17 @@ def test_a_failing_seed_prints_how_to_replay_it(
     assert "replay: python -m tests.sim.run --seed 9 --trace" in printed
     assert main(["--seed", "9"]) == 1
     assert main(["--seed", "9", "--trace"]) == 1
+
+
+def test_a_failing_seed_of_the_whole_plane_is_replayed_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Plane) -> None:
+        raise ValueError("as asked")
+
+    monkeypatch.setattr(Plane, "run", fail)
+    assert main(["--plane", "--seeds", "1", "--first-seed", "13", "--processes", "1"]) == 1
+    output = capsys.readouterr().out
+    assert "seed 13 FAILED: plane: ValueError: as asked" in output
+    assert replay_command(13, only_plane=True) in output
+    assert main(["--plane", "--seed", "13", "--trace"]) == 1

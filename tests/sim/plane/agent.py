@@ -44,6 +44,7 @@ CAPACITY = node_pb2.ResourceAmounts(
     cpu_millicores=2000, memory_bytes=1024 * MIB, disk_bytes=2048 * MIB, slots=6
 )
 _STARTS_MAX = 4
+ZONES = ("east", "west")
 
 
 class _Data:
@@ -71,6 +72,7 @@ class SimAgent:
     def __init__(self, plane: Plane, number: int, random: Random) -> None:
         self._plane = plane
         self.name = f"a{number}"
+        self.zone = ZONES[number % len(ZONES)]
         self._random = random
         self.data = _Data(f"nd-{number:020x}")
         #: (sandbox, generation) that run on the machine, whatever becomes of the agent.
@@ -122,6 +124,7 @@ class SimAgent:
             address=f"{self.name}:7117",
             capacity=CAPACITY,
             runtimes=[node_pb2.RuntimeStatus(name="fake", ready=True)],
+            labels={"zone": self.zone},
         )
         async with asyncio.TaskGroup() as tasks:
             sandboxes.begin(tasks, self._journal)

@@ -12,11 +12,14 @@ from prism_control.state.commands import Command
 from prism_control.state.model import OnNodeLoss, Spec
 from prism_control.state.results import Ok, Refused
 from tests.sim.invariants import ViolationError
+from tests.sim.plane.agent import ZONES
 
 if TYPE_CHECKING:
     from tests.sim.plane.plane import Plane
 
 MIB = 2**20
+#: Most may run anywhere.
+SELECTORS = ((), (), (), (), *((("zone", zone),) for zone in ZONES))
 #: As the API's callers have a deadline.
 _PATIENCE_S = 3.0
 #: What a batcher says when nothing was proposed, or the outcome is open: the same is sent again.
@@ -85,6 +88,7 @@ class Clients:
             open_files_max=64,
             on_node_loss=self._random.choice((OnNodeLoss.LOST, OnNodeLoss.RESCHEDULE)),
             priority=self._random.choice((0, 0, 5)),
+            node_selector=self._random.choice(SELECTORS),
         )
         attempts = 0
 

@@ -188,7 +188,7 @@ class Call:
         try:
             await dispatcher.serve(first.register, requests(), write)
         except* (PrismError, TimeoutError) as group:
-            error = _first(group)
+            error = first_of(group)
             self._plane.trace("refuse", names, error)
             if not isinstance(error, PrismError):
                 error = PrismError(str(error))
@@ -205,8 +205,9 @@ class Call:
             self._fail(grpc.StatusCode.OK, "")
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
+def first_of(group: BaseException) -> BaseException:
+    """Return the first error of a group of groups."""
+    error = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +23,8 @@ from prism_control.raft.core import Core
 from prism_control.raft.types import Entry, HardState, Member, Message, SnapshotRequest
 from prism_control.request_queue import BatchingSettings
 from prism_control.state.commands import Command
+from prism_control.state.events import NodeChanged, SandboxChanged
+from prism_control.state.model import NodeRow, SandboxRow, SandboxState
 from prism_control.state.results import Result
 from tests.sim.plane.loop import wall_offset_s
 from tests.sim.plane.storage import MemoryLog, MemorySnapshots
@@ -61,7 +63,7 @@ class SimMember:
         self.has_room = True
         self.life = 0
         self._task: asyncio.Task[None] | None = None
-        self.replica = Replica()
+        self.replica: Replica = _Watched(plane.check_placement)
         self.batcher: Batcher | None = None
         self.dispatcher: Dispatcher | None = None
         self.driver: Driver | None = None
@@ -98,7 +100,7 @@ class SimMember:
 
     async def _run(self, life: int) -> None:
         registry = CollectorRegistry()
-        replica = self.replica = Replica()
+        replica = self.replica = _Watched(self._plane.check_placement)
         if self.store.snapshot.index:
             replica.restore(self.snapshots.read(self.store.snapshot.index))()
         self.snapshots.prune(self.store.snapshot.index, newer=True)
@@ -196,6 +198,30 @@ class SimMember:
         if arrives:
             self._plane.loop.call_later(delay_s or 0.0, arrive)
         self._plane.loop.call_later(2 * (delay_s or 0.05), report)
+
+
+class _Watched(Replica):
+    """Shows each placement that is committed, with its node as of then."""
+
+    def __init__(self, placed: Callable[[SandboxRow, NodeRow], None]) -> None:
+        super().__init__()
+        self._placed = placed
+
+    def apply(self, index: int, data: bytes) -> object:
+        """Apply one entry."""
+        nodes = {node.id: node for node in self.machine.nodes()}
+        revision = self.machine.revision
+        results = super().apply(index, data)
+        changes = self.machine.changes_since(revision, self.machine.revision - revision)
+        for event in changes:
+            if isinstance(event, NodeChanged):
+                nodes[event.row.id] = event.row
+            elif isinstance(event, SandboxChanged):
+                row = event.row
+                is_placed = row.state is SandboxState.SCHEDULED
+                if is_placed and event.previous_state is SandboxState.PENDING:
+                    self._placed(row, nodes[row.node_id])
+        return results
 
 
 class _Wire:

@@ -6,17 +6,21 @@ The last five are bugs that the simulator found here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from prism_agent.reconcile import Reconciler, Sandbox
 from prism_common.errors import PrismError
 from prism_control.batcher import Batcher, EntryBatch
 from prism_control.node.driver import Driver
-from prism_control.raft.types import Entry
+from prism_control.node.replica import Replica
 from prism_control.scheduler.core import Scheduler
 from prism_control.scheduler.drains import Drains
 from prism_control.scheduler.liveness import Liveness
-from prism_control.state.commands import AssignSandboxes, EvictSandboxes
+from prism_control.scheduler.views import NodeView, Shape
+from prism_control.state.commands import AssignSandboxes, CreateSandbox, EvictSandboxes, decode
+from prism_control.state.machine import Machine
+from prism_control.state.snapshot import encode_snapshot
+from prism_control.state.tables import Tables
 from tests.sim.mutant import Mutant
 
 
@@ -27,14 +31,37 @@ def _answers_in_the_wrong_order(original: Any) -> Callable[..., Any]:
     return resolve
 
 
-def _another_leaders_entry_answers(original: Any) -> Callable[..., Any]:
-    def settle(self: Driver, entry: Entry, result: object) -> None:
-        pending = self._pending.get(entry.index)
-        if pending is not None:
-            pending.term = entry.term
-        original(self, entry, result if result is not None else [])
+class _Answered:
+    """Takes the place of a batch whose callers were answered too early."""
 
-    return settle
+    def resolve(self, result: object) -> None:
+        """Nobody waits any more."""
+
+    def fail(self, error: Exception) -> None:
+        """Nobody waits any more."""
+
+
+def _creates_are_answered_before_commit(original: Any) -> Callable[..., Any]:
+    def propose(self: Driver, batches: Any) -> None:
+        for batch in batches:
+            known = set(self._pending)
+            original(self, [batch])
+            if not all(isinstance(item, CreateSandbox) for item in decode(batch.data).items):
+                continue
+            for index in set(self._pending) - known:
+                view = cast("Replica", self._machine).machine.snapshot_view()
+                machine = Machine.from_snapshot(encode_snapshot(view))
+                batch.resolve(machine.apply(index, batch.data)[0])
+                self._pending[index].batch = _Answered()
+
+    return propose
+
+
+def _repeats_are_applied_again(original: Any) -> Callable[..., Any]:
+    def remember(self: Tables, row: Any) -> None:
+        """Nothing is known of it later."""
+
+    return remember
 
 
 def _waiting_callers_are_forgotten(original: Any) -> Callable[..., Any]:
@@ -43,13 +70,6 @@ def _waiting_callers_are_forgotten(original: Any) -> Callable[..., Any]:
             queue.items.clear()
 
     return fail_all
-
-
-def _stale_term_is_obeyed(original: Any) -> Callable[..., Any]:
-    def assign(self: Reconciler, term: int, assignments: Any, complete: bool) -> Any:
-        return original(self, max(term, self.term), assignments, complete)
-
-    return assign
 
 
 def _unknown_copies_stay(original: Any) -> Callable[..., Any]:
@@ -78,6 +98,13 @@ def _reservations_are_forgotten(original: Any) -> Callable[..., Any]:
         """Nothing waits again."""
 
     return forget
+
+
+def _labels_are_not_compared(original: Any) -> Callable[..., Any]:
+    def suits(self: NodeView, shape: Shape) -> bool:
+        return bool(self.runtimes)
+
+    return suits
 
 
 def _old_copy_is_not_waited_for(original: Any) -> Callable[..., Any]:
@@ -124,16 +151,21 @@ def _mutant(
 PLANE_MUTANTS = (
     _mutant("answers in the wrong order", 5, EntryBatch, "resolve", _answers_in_the_wrong_order),
     _mutant(
-        "another leader's entry answers", 300, Driver, "_settle", _another_leaders_entry_answers
+        "creates are answered before commit",
+        100,
+        Driver,
+        "_propose",
+        _creates_are_answered_before_commit,
     ),
+    _mutant("repeats are applied again", 20, Tables, "remember", _repeats_are_applied_again),
     _mutant(
         "waiting callers are forgotten", 200, Batcher, "fail_all", _waiting_callers_are_forgotten
     ),
-    _mutant("stale term is obeyed", 300, Reconciler, "assign", _stale_term_is_obeyed),
     _mutant("unknown copies stay", 20, Reconciler, "_remove_unknown", _unknown_copies_stay),
     _mutant("lease is ignored", 200, Reconciler, "lease_expired", _lease_is_ignored),
     _mutant("nodes are lost too soon", 50, Liveness, "_judge", _nodes_are_lost_too_soon),
     _mutant("reservations are forgotten", 200, Scheduler, "forget", _reservations_are_forgotten),
+    _mutant("labels are not compared", 20, NodeView, "suits", _labels_are_not_compared),
     _mutant("old copy is not waited for", 100, Drains, "due", _old_copy_is_not_waited_for),
     _mutant(
         "lease of a condemned node is renewed",

@@ -13,13 +13,13 @@ from prism_control.raft.configuration import bootstrap
 from prism_control.raft.types import Configuration, Member, MemberId
 from prism_control.scheduler.liveness import Liveness, LivenessConfig
 from prism_control.state.machine import Machine
-from prism_control.state.model import NodeState, SandboxRow, SandboxState, is_placed
+from prism_control.state.model import NodeRow, NodeState, SandboxRow, SandboxState, is_placed
 from prism_control.state.snapshot import encode_snapshot
 from tests.sim.invariants import ViolationError
 from tests.sim.plane.agent import CAPACITY, SimAgent, current_agent
 from tests.sim.plane.clients import Clients
 from tests.sim.plane.faults import Faults
-from tests.sim.plane.gateway import Call, Channel
+from tests.sim.plane.gateway import Call, Channel, first_of
 from tests.sim.plane.loop import StuckError, VirtualLoop, virtual
 from tests.sim.plane.member import SimMember
 from tests.sim.plane.network import Links
@@ -163,7 +163,7 @@ class Plane:
             await self._drain()
         for result in results:
             if isinstance(result, Exception):
-                raise result
+                raise first_of(result)
         if self._violation is not None:
             raise self._violation
 
@@ -214,6 +214,12 @@ class Plane:
                         f"generation {running_generation} runs on {other.name}"
                     )
         agent.processes.add((sandbox_id, generation))
+
+    def check_placement(self, row: SandboxRow, node: NodeRow) -> None:
+        """A placement is committed: its node must have been fit for it."""
+        wanted, has = set(row.spec.node_selector), set(node.labels)
+        if node.state is not NodeState.READY or node.cordoned or not wanted <= has:
+            self._violated(f"{row.id}, which wants {wanted}, is placed on {node}")
 
     def watch(self, member: SimMember) -> None:
         """A member has begun a life."""

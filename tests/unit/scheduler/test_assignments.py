@@ -33,15 +33,15 @@ class Session:
         self.dispatch.open(self.agent)
         return self.agent
 
-    def place(self, *ids: str, **changes: object) -> set[str]:
+    def place(self, *ids: str, **changes: object) -> list[str]:
         self.driver.run(*(create(key, **changes) for key in ids))
         return self.run(c.AssignSandboxes(tuple(c.Placement(key, 1, "n1") for key in ids)))
 
-    def run(self, *commands: c.Command) -> set[str]:
+    def run(self, *commands: c.Command) -> list[str]:
         self.driver.run(*commands)
         return self.dispatch.observe(self.driver.events)
 
-    def report(self, state: ObservedState, key: str) -> set[str]:
+    def report(self, state: ObservedState, key: str) -> list[str]:
         self.driver.report(state, key)
         return self.dispatch.observe(self.driver.events)
 
@@ -78,14 +78,14 @@ def test_changes_are_sent_once():
     session = Session()
     agent = session.open()
     agent.complete()
-    assert session.place("s1") == {"n1"}
+    assert session.place("s1") == ["n1"]
     assert agent.take() == [assignment_of(session.driver.sandbox("s1"))]
-    assert session.report(ObservedState.STARTING, "s1") == set()
-    assert session.report(ObservedState.READY, "s1") == set()
-    assert session.run(c.StopSandbox("", b"", "s1", 100)) == {"n1"}
-    assert session.run(c.DeleteSandbox("", b"", "s1")) == {"n1"}
+    assert session.report(ObservedState.STARTING, "s1") == []
+    assert session.report(ObservedState.READY, "s1") == []
+    assert session.run(c.StopSandbox("", b"", "s1", 100)) == ["n1"]
+    assert session.run(c.DeleteSandbox("", b"", "s1")) == ["n1"]
     assert wishes(agent.take()) == [("s1", 1, DELETE)]
-    assert session.report(ObservedState.DELETED, "s1") == set()
+    assert session.report(ObservedState.DELETED, "s1") == []
     assert agent.take() == []
 
 
@@ -112,10 +112,10 @@ def test_starts_in_flight_are_bounded_and_go_on_as_reports_come():
     session.place("s1", "s2", "s3", "s4")
     assert wishes(agent.take()) == [("s1", 1, RUN), ("s2", 1, RUN)]
     assert (agent.starting_count, agent.held_back_count, agent.ready) == (2, 2, False)
-    assert session.report(ObservedState.STARTING, "s1") == set()
-    assert session.report(ObservedState.READY, "s1") == {"n1"}
+    assert session.report(ObservedState.STARTING, "s1") == []
+    assert session.report(ObservedState.READY, "s1") == ["n1"]
     assert wishes(agent.take()) == [("s3", 1, RUN)]
-    assert session.report(ObservedState.FAILED, "s2") == {"n1"}
+    assert session.report(ObservedState.FAILED, "s2") == ["n1"]
     assert wishes(agent.take()) == [("s2", 1, STOP), ("s4", 1, RUN)]
 
 
@@ -158,7 +158,7 @@ def test_what_was_placed_elsewhere_is_deleted_here():
     agent.complete()
     session.place("s1", "s2", on_node_loss=OnNodeLoss.RESCHEDULE)
     agent.take(1)
-    assert session.run(c.LoseNode("n1", "i1", 5)) == {"n1"}
+    assert session.run(c.LoseNode("n1", "i1", 5)) == ["n1"]
     assert wishes(agent.take()) == [("s1", 1, DELETE)]  # s2 was never told
     session.run(register(capacity=ROOM))
     session.run(c.AssignSandboxes((c.Placement("s1", 2, "n1"),)))
@@ -186,17 +186,17 @@ def test_sessions_replace_each_other():
     assert dispatch.agent("n1") is new
     dispatch.close(new)
     assert dispatch.agent("n1") is None
-    assert session.place("s1") == set()
+    assert session.place("s1") == []
 
 
 def test_changes_of_nodes_and_of_others_sandboxes_are_nothing_to_send():
     session = Session()
     agent = session.open()
     agent.complete()
-    assert session.run(register("n2", capacity=ROOM)) == set()
+    assert session.run(register("n2", capacity=ROOM)) == []
     assert isinstance(session.driver.events[0], NodeChanged)
     session.run(create("s1"))
-    assert session.run(c.AssignSandboxes((c.Placement("s1", 1, "n2"),))) == set()
+    assert session.run(c.AssignSandboxes((c.Placement("s1", 1, "n2"),))) == []
     assert not agent.ready
 
 
@@ -224,6 +224,20 @@ def test_a_new_deadline_is_told():
     session.driver.bring(SandboxState.READY, "s1")
     agent = session.open()
     agent.complete()
-    assert session.run(c.UpdateSandbox("", b"", "s1", (("a", "b"),))) == set()
-    assert session.run(c.UpdateSandbox("", b"", "s1", (), 2_000_000)) == {"n1"}
+    assert session.run(c.UpdateSandbox("", b"", "s1", (("a", "b"),))) == []
+    assert session.run(c.UpdateSandbox("", b"", "s1", (), 2_000_000)) == ["n1"]
     assert [one.expire_ms for one in agent.take()] == [2_000_000]
+
+
+def test_nodes_with_news_are_named_in_the_order_of_the_changes():
+    driver, dispatch = Driver(), Dispatch()
+    nodes = [f"n{number}" for number in range(1, 9)]
+    driver.run(*(register(node, capacity=ROOM) for node in nodes))
+    for node in nodes:
+        agent = AgentDispatch(node, [], ())
+        agent.complete()
+        dispatch.open(agent)
+    driver.run(*(create(f"s-{node}") for node in nodes))
+    placements = [c.Placement(f"s-{node}", 1, node) for node in reversed(nodes)]
+    driver.run(c.AssignSandboxes(tuple(placements)))
+    assert dispatch.observe(driver.events) == nodes[::-1]
