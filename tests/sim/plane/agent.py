@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from contextvars import ContextVar
 from dataclasses import replace
@@ -79,6 +80,9 @@ class SimAgent:
         self.processes: set[tuple[str, int]] = set()
         #: What the journal holds.
         self._journal: dict[str, Sandbox] = {}
+        #: What leaders have said of late: term, assignments, whether they were all.
+        self.heard: deque[tuple[int, list[Assignment], bool]] = deque(maxlen=50)
+        self._sandboxes: _Sandboxes | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -104,13 +108,22 @@ class SimAgent:
             return
         self._plane.trace("crash", self.name, machine_too)
         self._task.cancel()
-        self._task = None
+        self._task = self._sandboxes = None
         if machine_too:
             self.processes.clear()
 
+    def hear_again(self, random: Random) -> None:
+        """Let the word of a leader that has been replaced arrive once more."""
+        if self._sandboxes is None:
+            return
+        term = self._sandboxes.reconciler.term
+        stale = [said for said in self.heard if said[0] < term]
+        if stale:
+            self._sandboxes.obey(*random.choice(stale))
+
     async def _run(self) -> None:
         reports = ReportQueue()
-        sandboxes = _Sandboxes(self, reports)
+        sandboxes = self._sandboxes = _Sandboxes(self, reports)
         session = Session(
             [f"{member.name}:8008" for member in self._plane.members],
             cast("Any", self.data),
@@ -168,6 +181,12 @@ class _Sandboxes:
     # ── what the session asks ────────────────────────────────────────────────────────────────
 
     def assign(self, term: int, assignments: Iterable[Assignment], complete: bool) -> None:
+        said = list(assignments)
+        self._agent.heard.append((term, said, complete))
+        self.obey(term, said, complete)
+
+    def obey(self, term: int, assignments: list[Assignment], complete: bool) -> None:
+        """Do what a leader of that term says, if it may still say so."""
         self.perform(self.reconciler.assign(term, assignments, complete))
 
     def acknowledge(self, sequence: int) -> None:

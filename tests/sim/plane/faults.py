@@ -24,6 +24,7 @@ NAMES = (
     "full_disk",
     "wrong_clock",
     "heal_network",
+    "stale_word",
 )
 
 
@@ -127,6 +128,9 @@ class Faults:
         member.wall_offset_s = self._random.choice((-900.0, -2.0, 0.0, 2.0, 900.0))
         if member.runs:
             self._crash(member)
+
+    def _stale_word(self) -> None:
+        self._agent().hear_again(self._random)
 
     def _heal_network(self) -> None:
         self._plane.links.heal()

@@ -7,7 +7,6 @@ import socket
 import subprocess
 from pathlib import Path
 
-from hatch_build import _SOURCES
 from prism_agent.runtime import host
 from prism_agent.runtime.bubblewrap import SUPERVISOR
 from prism_agent.supervisor import protocol
@@ -27,7 +26,7 @@ def build_sanitised(directory: Path) -> Path | None:
     if compiler is None:
         return None
     target = directory / "prism-supervisor"
-    sources = [str(SUPERVISOR.parent / name) for name in _SOURCES]
+    sources = sorted(str(path) for path in SUPERVISOR.parent.glob("*.c"))
     probe = directory / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     # Instrumented code makes gcc warn of what is right.
