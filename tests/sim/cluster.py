@@ -333,6 +333,9 @@ class Cluster:
             has_quorum(configuration, set(configuration.ids()) - lost)
             # As if all learners were voters, which they may become.
             and 2 * len(lost.intersection(configuration.ids())) < len(configuration.ids())
+            # Nor as if only those were that are lost.
+            and 2 * len(lost.intersection(configuration.ids()))
+            < len({*configuration.voters, *lost.intersection(configuration.learners)})
             for core in cores
             if core.config.id in ids
             for configuration in core._configurations.since(core.commit)

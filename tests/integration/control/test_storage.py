@@ -137,10 +137,13 @@ def test_a_snapshot_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         for number in range(30):
             node.create(f"s{number}")
         assert node.stop() == 0
-        (snapshot,) = (node.data / "snapshots").glob("*.snapshot")
-        content = bytearray(snapshot.read_bytes())
-        content[len(content) // 2] ^= 1
-        snapshot.write_bytes(content)
+        # Two, where it was stopped before it had compacted behind the newer one.
+        snapshots = list((node.data / "snapshots").glob("*.snapshot"))
+        assert 1 <= len(snapshots) <= 2
+        for snapshot in snapshots:
+            content = bytearray(snapshot.read_bytes())
+            content[len(content) // 2] ^= 1
+            snapshot.write_bytes(content)
         node.start()
         assert node.wait() == 1
         assert "is corrupt" in node.log

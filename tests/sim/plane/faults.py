@@ -130,7 +130,8 @@ class Faults:
             self._crash(member)
 
     def _stale_word(self) -> None:
-        self._agent().hear_again(self._random)
+        for agent in self._plane.agents:
+            agent.hear_again(self._random)
 
     def _heal_network(self) -> None:
         self._plane.links.heal()

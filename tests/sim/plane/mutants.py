@@ -72,6 +72,14 @@ def _waiting_callers_are_forgotten(original: Any) -> Callable[..., Any]:
     return fail_all
 
 
+def _stale_term_is_obeyed(original: Any) -> Callable[..., Any]:
+    def accepts_term(self: Reconciler, term: int) -> bool:
+        self.term = max(term, self.term)
+        return True
+
+    return accepts_term
+
+
 def _unknown_copies_stay(original: Any) -> Callable[..., Any]:
     def remove_unknown(self: Reconciler, sandbox: Sandbox) -> list[Any]:
         return []
@@ -159,12 +167,13 @@ PLANE_MUTANTS = (
     ),
     _mutant("repeats are applied again", 20, Tables, "remember", _repeats_are_applied_again),
     _mutant(
-        "waiting callers are forgotten", 200, Batcher, "fail_all", _waiting_callers_are_forgotten
+        "waiting callers are forgotten", 400, Batcher, "fail_all", _waiting_callers_are_forgotten
     ),
+    _mutant("stale term is obeyed", 200, Reconciler, "accepts_term", _stale_term_is_obeyed),
     _mutant("unknown copies stay", 20, Reconciler, "_remove_unknown", _unknown_copies_stay),
     _mutant("lease is ignored", 200, Reconciler, "lease_expired", _lease_is_ignored),
     _mutant("nodes are lost too soon", 50, Liveness, "_judge", _nodes_are_lost_too_soon),
-    _mutant("reservations are forgotten", 200, Scheduler, "forget", _reservations_are_forgotten),
+    _mutant("reservations are forgotten", 400, Scheduler, "forget", _reservations_are_forgotten),
     _mutant("labels are not compared", 20, NodeView, "suits", _labels_are_not_compared),
     _mutant("old copy is not waited for", 100, Drains, "due", _old_copy_is_not_waited_for),
     _mutant(
