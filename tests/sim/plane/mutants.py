@@ -173,7 +173,7 @@ PLANE_MUTANTS = (
     _mutant("unknown copies stay", 20, Reconciler, "_remove_unknown", _unknown_copies_stay),
     _mutant("lease is ignored", 200, Reconciler, "lease_expired", _lease_is_ignored),
     _mutant("nodes are lost too soon", 50, Liveness, "_judge", _nodes_are_lost_too_soon),
-    _mutant("reservations are forgotten", 400, Scheduler, "forget", _reservations_are_forgotten),
+    _mutant("reservations are forgotten", 800, Scheduler, "forget", _reservations_are_forgotten),
     _mutant("labels are not compared", 20, NodeView, "suits", _labels_are_not_compared),
     _mutant("old copy is not waited for", 100, Drains, "due", _old_copy_is_not_waited_for),
     _mutant(
