@@ -1,6 +1,7 @@
 """Known bugs around the core: of the batcher, the leader's duties, dispatch and the agents.
 
-The last five are bugs that the simulator found here.
+The last three are bugs that the simulator found here. Two more that it found take too many seeds to
+be found again, and have unit tests.
 """
 
 from __future__ import annotations
@@ -123,16 +124,6 @@ def _old_copy_is_not_waited_for(original: Any) -> Callable[..., Any]:
     return due
 
 
-def _lease_is_renewed_for_a_condemned_node(original: Any) -> Callable[..., Any]:
-    def heard(self: Liveness, node_id: str, incarnation: str, now_ms: int) -> Any:
-        watched = self._watched.get(node_id)
-        if watched is not None:
-            watched.condemned = False
-        return original(self, node_id, incarnation, now_ms)
-
-    return heard
-
-
 def _lost_explanations_are_not_told_again(original: Any) -> Callable[..., Any]:
     def forget_all(self: Scheduler, command: AssignSandboxes) -> None:
         self.forget(placement.sandbox_id for placement in command.placements)
@@ -176,13 +167,6 @@ PLANE_MUTANTS = (
     _mutant("reservations are forgotten", 800, Scheduler, "forget", _reservations_are_forgotten),
     _mutant("labels are not compared", 20, NodeView, "suits", _labels_are_not_compared),
     _mutant("old copy is not waited for", 100, Drains, "due", _old_copy_is_not_waited_for),
-    _mutant(
-        "lease of a condemned node is renewed",
-        1000,
-        Liveness,
-        "heard",
-        _lease_is_renewed_for_a_condemned_node,
-    ),
     _mutant(
         "lost explanations are not told again",
         300,
