@@ -1,7 +1,7 @@
 #!/bin/sh
 # Fetches gVisor's runsc, statically linked, from Debian 13 (trixie) into a directory of Prism's own:
 # Debian 12's runsc is of 2022, and breaks coreutils inside sandboxes (it has no statx).
-# Asks the mirror that apt uses already, and takes only what Debian's own keys have signed. Neither
+# The agent does not use it yet. Asks the mirror that apt uses already, and takes only what Debian's own keys have signed. Neither
 # apt's sources nor its lists nor any package of the machine changes. `make up` does not need it.
 set -eu
 
