@@ -11,6 +11,7 @@ from prism_common import limits
 CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.max_receive_message_length", limits.MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", limits.MESSAGE_BYTES_MAX),
+    ("grpc.http2.max_frame_size", limits.FRAME_BYTES_MAX),
     ("grpc.keepalive_time_ms", limits.KEEPALIVE_S * 1000),
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),

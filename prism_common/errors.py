@@ -69,10 +69,22 @@ class WrongStateError(PrismError):
     reason = "WRONG_STATE"
 
 
+class UpgradeNeededError(PrismError):
+    """Some control node's release does not know the command. Metadata `members`: their names."""
+
+    reason = "UPGRADE_NEEDED"
+
+
 class QueueFullError(PrismError):
     """A bounded queue is full; retry after the given time."""
 
     reason = "QUEUE_FULL"
+
+
+class NoCapacityError(PrismError):
+    """Its node has no room for what is asked; nothing has changed."""
+
+    reason = "NO_CAPACITY"
 
 
 class TooManyCallsError(PrismError):

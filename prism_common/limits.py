@@ -11,6 +11,9 @@ MESSAGE_BYTES_MAX: Final = 4 * MIB
 #: What one chunk of stdin, output, a file or a snapshot carries: large enough that framing is
 #: cheap, small enough that one stream does not delay the others.
 CHUNK_BYTES_MAX: Final = 1 * MIB
+#: A frame of HTTP/2. With the usual 16 KiB a gigabyte costs twice the processor time; one of this
+#: size holds up the other streams of a connection of 1 Gbit/s for 2 ms.
+FRAME_BYTES_MAX: Final = 256 * KIB
 #: RFC 1123 label: a sandbox's name is its host name.
 NAME_LENGTH_MAX: Final = 63
 #: Kept in the replicated state for 24 h each.
@@ -47,6 +50,8 @@ PROCESSES_DEFAULT: Final = 128
 PROCESSES_MAX: Final = 32_768
 OPEN_FILES_DEFAULT: Final = 1024
 OPEN_FILES_MAX: Final = 1_048_576
+OUTPUT_BYTES_PER_SECOND_MIN: Final = 1024
+OUTPUT_BYTES_PER_SECOND_MAX: Final = 16 * GIB
 TTL_S_MAX: Final = 366 * 24 * 3600
 GRACE_S_DEFAULT: Final = 5.0
 GRACE_S_MAX: Final = 300.0

@@ -16,7 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from prism_common import limits
+from prism_common import caller, limits
 from prism_common.addresses import Address, check_port_free
 from prism_common.admission import Admission
 from prism_common.errors import DeadlineError, PrismError, StartupError
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SERVER_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     # Without this a second process on the port would silently share it.
     ("grpc.so_reuseport", 0),
+    ("grpc.http2.max_frame_size", limits.FRAME_BYTES_MAX),
     ("grpc.keepalive_time_ms", limits.KEEPALIVE_S * 1000),
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -91,6 +92,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Wrap the handler of the called method."""
+        # Until the handler knows its connection; the call's own task goes on from here.
+        caller.client.set(caller.origin_of(handler_call_details.invocation_metadata))
         wrapped = self._handlers.get(handler_call_details.method)
         if wrapped is None:
             handler = await continuation(handler_call_details)
@@ -131,7 +134,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             code = grpc.StatusCode.OK
             # A stream of requests has no size yet; each of its messages is bounded.
             size = request.ByteSize() if isinstance(request, Message) else 0
-            client, admitted = context.peer(), False
+            client, admitted = _client_of(context), False
             try:
                 self._admission.enter(client, size)
                 admitted = True
@@ -155,7 +158,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         ) -> AsyncIterator[Any]:
             started = time.perf_counter()
             code = grpc.StatusCode.OK
-            client, admitted = context.peer(), False
+            client, admitted = _client_of(context), False
             try:
                 self._admission.enter(client, 0)
                 admitted = True
@@ -181,6 +184,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _count(self, service: str, method: str, code: grpc.StatusCode, started: float) -> None:
         self._metrics.count(service, method, code, time.perf_counter() - started)
+
+
+def _client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Return whose call it is, and let all that serves it know."""
+    client = caller.client.get() or context.peer()
+    caller.client.set(client)
+    return client
 
 
 def _as_prism_error(error: BaseException) -> PrismError | None:

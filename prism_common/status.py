@@ -1,6 +1,7 @@
 """PrismError ⇄ gRPC status: one table, and the details of AIP-193."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any, Final
 
 import grpc
@@ -12,6 +13,8 @@ from prism_common import errors
 
 DOMAIN: Final = "prism"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+#: The same in initial metadata, ahead of the status: gRPC loses that where a client still sends.
+FAILURE_KEY: Final = "prism-failure-bin"
 #: gRPC drops a reply whose trailers pass 8 KiB; the message stands there up to three times.
 _MESSAGE_LENGTH_MAX: Final = 1000
 
@@ -22,7 +25,9 @@ STATUS_OF: Final[dict[type[errors.PrismError], grpc.StatusCode]] = {
     errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
     errors.AmbiguousError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.WrongStateError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.UpgradeNeededError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.NoCapacityError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCallsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DiskFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotLeaderError: grpc.StatusCode.UNAVAILABLE,
@@ -124,6 +129,22 @@ def from_rpc_error(error: grpc.RpcError) -> RemoteError:
                 status.ParseFromString(value)
                 return RemoteError(status)
     return RemoteError(status_pb2.Status(code=call.code().value[0], message=call.details() or ""))
+
+
+def failure_metadata(error: errors.PrismError) -> tuple[tuple[str, bytes], ...]:
+    """Return initial metadata that tells a client that still sends why its call will fail."""
+    return ((FAILURE_KEY, status_of(error).SerializeToString()),)
+
+
+def failure_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> RemoteError | None:
+    """Return the failure that a call's initial metadata tells of; None: none."""
+    for key, value in metadata or ():
+        if key == FAILURE_KEY and isinstance(value, bytes):
+            status = status_pb2.Status()
+            with contextlib.suppress(DecodeError):
+                status.ParseFromString(value)
+                return RemoteError(status)
+    return None
 
 
 def status_of(error: errors.PrismError) -> status_pb2.Status:

@@ -7,13 +7,21 @@ a batch is whatever arrived meanwhile, and nobody sleeps through a fixed window.
 import asyncio
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import Final
 
-from prism_common.errors import DiskFullError, PrismError, QueueFullError, StoppingError
+from prism_common import caller
+from prism_common.errors import (
+    DiskFullError,
+    NoLeaderError,
+    PrismError,
+    QueueFullError,
+    StoppingError,
+    UpgradeNeededError,
+)
 from prism_control.metrics import BatcherMetrics
-from prism_control.request_queue import BatchingSettings, Group, Item, Member, RequestQueue
+from prism_control.request_queue import BatchingSettings, Caller, Group, Item, Member, RequestQueue
 from prism_control.state import commands
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
@@ -28,18 +36,27 @@ _OTHER_QUEUE_SIZE: Final = 20_000
 #: Under load a request waits this long for others to share its entry: each entry costs the leader,
 #: its followers and the disk as much as some tens of requests do. A lone request never waits.
 _LINGER_CREATE_S: Final = 0.005
-#: … and this long when there are more than so many a second: it is a smaller part of what they
-#: wait anyway than the turns that it saves.
-_LINGER_BURST_S: Final = 0.01
-_BURST_RATE: Final = 1000.0
+#: … and longer the more of them come, up to this: what a turn costs is shared by more, and in a
+#: burst they wait for each other far longer anyway.
+_LINGER_BURST_S: Final = 0.03
+_LINGER_BURST_RATE: Final = 2500.0
 #: Placements and reports: each is the work of a whole pass, and one commit serves them all.
 _LINGER_OTHER_S: Final = 0.01
 #: How often it is looked whether they are due.
 _TICK_S: Final = 0.0025
+#: Requests of a queue that are proposed and not answered: one batch on its way, and one that is
+#: written meanwhile. What comes then is behind these, and not behind all that waits: its client's
+#: turn comes among those of the others.
+_UNDER_WAY_MAX: Final = 2 * _BATCH_ITEMS_MAX
 #: Load: more than so many users' requests a second, …
 _BUSY_RATE: Final = 400.0
 #: … averaged over this time.
 _BUSY_WINDOW_S: Final = 0.1
+
+
+def _room(queue: RequestQueue) -> int:
+    """Return how many more of a queue's requests may be proposed now."""
+    return max(_UNDER_WAY_MAX - queue.under_way, 0)
 
 
 class EntryBatch:
@@ -96,6 +113,7 @@ class Batcher:
         metrics: What is counted.
         wake: Tells the driver that something waits.
         has_room: Whether the disk takes more.
+        check: Raises a PrismError for a command that must not be proposed now.
     """
 
     def __init__(
@@ -104,7 +122,9 @@ class Batcher:
         metrics: BatcherMetrics,
         wake: Callable[[], None],
         has_room: Callable[[], bool],
+        check: Callable[[Command], None],
     ) -> None:
+        self._check = check
         self._metrics = metrics
         self._wake = wake
         self._has_room = has_room
@@ -129,9 +149,11 @@ class Batcher:
 
         Raises:
             QueueFullError, DiskFullError, StoppingError, NoLeaderError: Nothing was proposed.
+            UpgradeNeededError: The same: some member could not apply it.
             OutcomeUnknownError: It may yet commit.
         """
         self._check_open()
+        self._check(command)
         return await self._put(command, size)
 
     async def submit_all(self, group: Sequence[tuple[Command, int]]) -> list[Result | PrismError]:
@@ -147,7 +169,10 @@ class Batcher:
             queue = self._queue_of(command)
             touched[queue] = None
             try:
-                queue.put(command, size, Member(waiting, position), now)
+                self._check(command)
+                self._add(queue, command, size, Member(waiting, position), now)
+            except (UpgradeNeededError, NoLeaderError) as error:
+                waiting.settle(position, error)
             except QueueFullError as error:
                 self._metrics.rejected.labels(queue.op).inc()
                 waiting.settle(position, error)
@@ -173,38 +198,53 @@ class Batcher:
         if queue is not self._others:
             self._load.add(1, now)
         try:
-            queue.put(command, size, future, now)
+            self._add(queue, command, size, future, now)
         except QueueFullError:
             self._metrics.rejected.labels(queue.op).inc()
             raise
         self._wake_for(queue, now)
         return future
 
+    def _add(
+        self, queue: RequestQueue, command: Command, size: int, waits: Caller, now: float
+    ) -> None:
+        shed = queue.put(command, size, waits, now, caller.client.get())
+        if shed is not None:
+            self._metrics.rejected.labels(queue.op).inc()
+            shed.fail(queue.full())
+
     def take(self) -> Sequence[EntryBatch]:
-        """Return the entries of this turn. A delete never overtakes a create that came before."""
+        """Return the entries of this turn. No client's delete overtakes a create of its own."""
         now = time.monotonic()
         batches: list[EntryBatch] = []
         # What waits for company rides along with what goes: a turn costs more than an entry.
         # So creates go no later than the deletes that came after them.
-        if not any(queue.items and self._goes(queue, now) for queue in self._queues):
+        if not any(self._goes(queue, now) for queue in self._queues):
             return batches
         for queue in self._queues:
-            batching = queue.batching(now)
-            while queue.items and len(batches) < _ENTRIES_A_TURN_MAX:
-                items = self._take_items(queue, _BATCH_ITEMS_MAX if batching else 1)
+            items_max = _BATCH_ITEMS_MAX if queue.batching(now) else 1
+            while len(batches) < _ENTRIES_A_TURN_MAX:
+                items = self._take_items(queue, min(items_max, _room(queue)))
                 if not items:
-                    continue
+                    break
                 self._metrics.batch_size.labels(queue.op).observe(len(items))
                 queue.leave(len(items))
                 batches.append(EntryBatch(items, self._now_ms(), partial(self._ended, queue)))
         for queue in self._queues:
-            if queue.items:
-                self._wake_for(queue, now)
+            self._wake_for(queue, now)
         return batches
 
     def _goes(self, queue: RequestQueue, now: float) -> bool:
         """Whether a queue's requests leave in this turn."""
-        return not queue.batching(now) or self._due(queue, now)
+        return self._may_leave(queue) and (not queue.batching(now) or self._due(queue, now))
+
+    def _may_leave(self, queue: RequestQueue) -> bool:
+        """Whether anything waits, and is not held back."""
+        return _room(queue) > 0 and queue.items.can_pop(self._held_of(queue))
+
+    def _held_of(self, queue: RequestQueue) -> Container[str]:
+        """Return the clients whose requests must wait: a delete of a client's last create."""
+        return self._creates.items if queue is self._deletes else ()
 
     def _due(self, queue: RequestQueue, now: float) -> bool:
         """Whether a queue's requests have waited for company as long as they should."""
@@ -216,21 +256,21 @@ class Batcher:
         elif len(queue.items) >= queue.company:
             return True
         else:
-            linger_s = _LINGER_BURST_S if rate > _BURST_RATE else _LINGER_CREATE_S
+            share = min(rate / _LINGER_BURST_RATE, 1.0)
+            linger_s = max(_LINGER_CREATE_S, _LINGER_BURST_S * share)
         return now >= queue.first_arrival + linger_s
 
     def _wake_for(self, queue: RequestQueue, now: float) -> None:
         """Have the driver take a queue's requests now, or once they are due."""
         if self._goes(queue, now):
             self._wake()
-            return
-        if self._timer is None:
+        elif self._timer is None and self._may_leave(queue):
             self._timer = asyncio.get_running_loop().call_later(_TICK_S, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
         now = time.monotonic()
-        waiting = [queue for queue in self._queues if queue.items]
+        waiting = [queue for queue in self._queues if self._may_leave(queue)]
         if any(self._due(queue, now) for queue in waiting):
             self._wake()
         elif waiting:
@@ -239,8 +279,8 @@ class Batcher:
     def fail_all(self, error: PrismError) -> None:
         """Fail what waits: it was not proposed, and is safe to retry."""
         for queue in self._queues:
-            while queue.items:
-                queue.pop().fail(error)
+            while (item := queue.pop()) is not None:
+                item.fail(error)
 
     def close(self) -> None:
         """Refuse from now on, and fail what waits."""
@@ -266,8 +306,10 @@ class Batcher:
     def _take_items(self, queue: RequestQueue, count_max: int) -> list[Item]:
         items: list[Item] = []
         size = 0
-        while queue.items and len(items) < count_max and size < _BATCH_BYTES_MAX:
-            item = queue.pop()
+        while len(items) < count_max and size < _BATCH_BYTES_MAX:
+            item = queue.pop(self._held_of(queue))
+            if item is None:
+                break
             # A caller that has gone gets no sandbox that nobody would know of.
             if item.wanted:
                 items.append(item)
@@ -276,9 +318,12 @@ class Batcher:
 
     def _ended(self, queue: RequestQueue, count: int, answered: bool) -> None:
         """Take note that an entry with so many of a queue's requests has ended."""
+        now = time.monotonic()
         queue.ended(count)
         if answered:
-            queue.drained(count, time.monotonic())
+            queue.drained(count, now)
+        for each in self._queues:
+            self._wake_for(each, now)
 
     def _now_ms(self) -> int:
         """The wall clock in milliseconds; it never goes back within one leadership."""

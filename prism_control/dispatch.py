@@ -12,14 +12,21 @@ from prism.agent.v1 import agent_pb2
 from prism_common.errors import InvalidArgumentError, NotLeaderError, PrismError, WrongStateError
 from prism_common.signal import Signal
 from prism_control.metrics import LeaderMetrics
-from prism_control.rows import amounts_of, duration, runtime_of, spec_proto, timestamp
+from prism_control.rows import (
+    amounts_of,
+    duration,
+    node_labels,
+    runtime_of,
+    spec_proto,
+    timestamp,
+)
 from prism_control.scheduler.assignments import AgentDispatch, Assignment, Dispatch
 from prism_control.scheduler.liveness import Liveness
 from prism_control.state import commands
 from prism_control.state.commands import Command, Report
 from prism_control.state.events import Event
 from prism_control.state.machine import Machine
-from prism_control.state.model import ObservedState, pairs
+from prism_control.state.model import ObservedState
 from prism_control.state.results import Refused, Result
 
 logger = logging.getLogger(__name__)
@@ -162,7 +169,7 @@ class Dispatcher:
             address=register.address,
             capacity=amounts_of(register.capacity),
             runtimes=tuple(runtime_of(runtime) for runtime in register.runtimes),
-            labels=pairs(dict(register.labels)),
+            labels=node_labels(dict(register.labels), register.egress),
             version=register.version,
             lease_ms=lease_ms,
             heartbeat_ms=heartbeat_ms,
@@ -355,7 +362,7 @@ def _reports(protos: Sequence[agent_pb2.SandboxReport]) -> tuple[Report, ...]:
             message=proto.message[:_MESSAGE_LENGTH_MAX],
             runtime=proto.runtime[:_REASON_LENGTH_MAX],
             start_count=proto.start_count,
-            at_ms=proto.time.ToMilliseconds() if proto.HasField("time") else 0,
+            at_ms=proto.time.seconds * 1000 + proto.time.nanos // 1_000_000,
         )
         for proto in protos
         if proto.state in known

@@ -1,12 +1,13 @@
-"""One bounded queue of requests: whether it batches, and when a refused one may come again."""
+"""One bounded queue of requests: whose turn it is, whether it batches, and when to come again."""
 
 import asyncio
 import random
-from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from prism_common.errors import PrismError, QueueFullError
+from prism_control.fair_queue import FairQueue
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
 
@@ -14,6 +15,8 @@ from prism_control.state.results import Result
 _COMPANY_MIN: Final = 8
 #: Of all that are waiting or under way.
 _COMPANY_SHARE: Final = 0.6
+#: What a request costs at least, in bytes, in its client's turn.
+_COST_MIN: Final = 256
 #: With each entry that has ended.
 _CROWD_FADES: Final = 0.98
 #: Before anything was measured.
@@ -145,7 +148,8 @@ class RequestQueue:
     def __init__(self, op: str, capacity: int, settings: BatchingSettings) -> None:
         self.op = op
         self.capacity = capacity
-        self.items: deque[Item] = deque()
+        #: Of many clients, in turn.
+        self.items: FairQueue[Item] = FairQueue()
         #: Those of them that have a request id, by it.
         self._by_request: dict[str, Item] = {}
         self._settings = settings
@@ -155,14 +159,26 @@ class RequestQueue:
         self.drain_rate = 0.0
         self._drained_at = 0.0
         #: Requests that were taken and are not answered yet.
-        self._under_way = 0
+        self.under_way = 0
         #: Requests at once, waiting or under way: the most that were seen, and it fades.
         self._crowd = 0.0
         #: When the oldest that waits came.
         self.first_arrival = 0.0
 
-    def put(self, command: Command, size: int, caller: Caller, now: float) -> None:
+    def put(
+        self, command: Command, size: int, caller: Caller, now: float, client: str = ""
+    ) -> Item | None:
         """Add a request; one that waits already gets another to answer, and takes no more room.
+
+        Args:
+            command: What is asked for.
+            size: About how many bytes it takes.
+            caller: Who waits for the answer.
+            now: The monotonic time.
+            client: Whose it is: the queue is fair between clients.
+
+        Returns:
+            What had to make room, of the client that has most: to be told `full`.
 
         Raises:
             QueueFullError: With when to retry, from the measured drain rate, plus jitter.
@@ -173,27 +189,42 @@ class RequestQueue:
             waiting = self._by_request.get(request_id)
             if waiting is not None and _is_repeat(command, waiting.command):
                 waiting.callers.append(caller)
-                return
+                return None
+        shed = None
         if len(self.items) >= self.capacity:
-            raise QueueFullError(
-                f"the {self.op} queue is full: {self.capacity} requests wait",
-                retry_after_s=self._retry_after_s(),
-            )
+            shed = self.items.shed(client)
+            if shed is None:
+                raise self.full()
+            self._forget(shed)
         self._interval_s = now - self._last_arrival
         self._last_arrival = now
         if not self.items:
             self.first_arrival = now
         item = Item(command, size, [caller])
-        self.items.append(item)
+        self.items.push(client, item, max(size, _COST_MIN))
         if request_id:
             self._by_request.setdefault(request_id, item)
+        return shed
 
-    def pop(self) -> Item:
-        """Take out the oldest."""
-        item = self.items.popleft()
-        if isinstance(item.command, _USERS):
-            self._by_request.pop(item.command.request_id, None)
+    def pop(self, held: Container[str] = ()) -> Item | None:
+        """Take out whose turn it is; None if all that wait are of clients that are `held` back."""
+        item = self.items.pop(held)
+        if item is not None:
+            self._forget(item)
         return item
+
+    def _forget(self, item: Item) -> None:
+        if isinstance(item.command, _USERS):
+            request_id = item.command.request_id
+            if self._by_request.get(request_id) is item:
+                del self._by_request[request_id]
+
+    def full(self) -> QueueFullError:
+        """Return what is told to who finds no room."""
+        return QueueFullError(
+            f"the {self.op} queue is full: {self.capacity} requests wait",
+            retry_after_s=self._retry_after_s(),
+        )
 
     def batching(self, now: float) -> bool:
         """Whether requests are batched at present; it switches back by itself."""
@@ -215,12 +246,12 @@ class RequestQueue:
 
     def leave(self, count: int) -> None:
         """Take note that so many were taken out, to be proposed."""
-        self._under_way += count
-        self._crowd = max(self._crowd, len(self.items) + self._under_way)
+        self.under_way += count
+        self._crowd = max(self._crowd, len(self.items) + self.under_way)
 
     def ended(self, count: int) -> None:
         """Take note that so many of them have been answered, or failed."""
-        self._under_way -= count
+        self.under_way -= count
         self._crowd *= _CROWD_FADES
 
     def drained(self, count: int, now: float) -> None:

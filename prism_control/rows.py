@@ -7,10 +7,23 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_control.state.model import Amounts, NodeRow, RuntimeRow, SandboxRow, Spec
+from prism_control.state.model import (
+    EGRESS_LABEL,
+    EGRESS_READY,
+    Amounts,
+    Egress,
+    EgressRow,
+    NodeRow,
+    Pairs,
+    RuntimeRow,
+    SandboxRow,
+    Spec,
+    pairs,
+)
 
 #: Sandboxes are mostly made of a few specs, and building a proto costs ten times encoding it.
 _SPECS_MAX: Final = 256
+_WHY_NOT_LENGTH_MAX: Final = 200
 
 
 def timestamp(ms: int) -> timestamp_pb2.Timestamp | None:
@@ -38,6 +51,7 @@ def spec_proto(spec: Spec) -> sandbox_pb2.SandboxSpec:
             disk_bytes=spec.disk_bytes,
             processes_max=spec.processes_max,
             open_files_max=spec.open_files_max,
+            output_bytes_per_second=spec.output_bytes_per_second,
         ),
         env=dict(spec.env),
         labels=dict(spec.labels),
@@ -47,7 +61,30 @@ def spec_proto(spec: Spec) -> sandbox_pb2.SandboxSpec:
         on_node_loss=sandbox_pb2.OnNodeLoss.ValueType(spec.on_node_loss),
         priority=spec.priority,
         node_selector=dict(spec.node_selector),
+        network=None if spec.egress is None else _network_proto(spec.egress),
     )
+
+
+def _network_proto(egress: Egress) -> sandbox_pb2.Network:
+    return sandbox_pb2.Network(
+        mode=sandbox_pb2.NETWORK_MODE_EGRESS,
+        rules=[
+            sandbox_pb2.EgressRule(cidr=row.target, ports=_ports(row), protocol=_protocol(row))
+            for row in egress.rules
+        ],
+        names=[
+            sandbox_pb2.EgressName(name=row.target, ports=_ports(row), protocol=_protocol(row))
+            for row in egress.names
+        ],
+    )
+
+
+def _ports(row: EgressRow) -> list[sandbox_pb2.PortRange]:
+    return [sandbox_pb2.PortRange(first=first, last=last) for first, last in row.ports]
+
+
+def _protocol(row: EgressRow) -> sandbox_pb2.TransportProtocol.ValueType:
+    return sandbox_pb2.TransportProtocol.ValueType(row.protocol)
 
 
 def sandbox_proto(row: SandboxRow) -> sandbox_pb2.Sandbox:
@@ -77,7 +114,8 @@ def sandbox_proto(row: SandboxRow) -> sandbox_pb2.Sandbox:
         ("last_seen_time", row.last_seen_ms),
     ):
         if ms:
-            getattr(proto, name).FromMilliseconds(ms)
+            time = getattr(proto, name)
+            time.seconds, time.nanos = ms // 1000, ms % 1000 * 1_000_000
     for refusal in row.placement:
         proto.placement.add(
             node_id=refusal.node_id, node_name=refusal.node_name, reason=refusal.reason
@@ -112,6 +150,18 @@ def runtime_of(proto: node_pb2.RuntimeStatus) -> RuntimeRow:
     )
 
 
+def node_labels(labels: dict[str, str], egress: node_pb2.EgressStatus) -> Pairs:
+    """Return what a node's row keeps as labels: the agent's, and whether it gives networks."""
+    why_not = egress.message[:_WHY_NOT_LENGTH_MAX] or "its agent does not say that it can"
+    return pairs(labels | {EGRESS_LABEL: EGRESS_READY if egress.ready else why_not})
+
+
+def _egress_status(row: NodeRow) -> node_pb2.EgressStatus:
+    told = dict(row.labels).get(EGRESS_LABEL, "")
+    ready = told == EGRESS_READY
+    return node_pb2.EgressStatus(ready=ready, message="" if ready else told)
+
+
 def node_proto(row: NodeRow, allocated: Amounts, last_seen_ms: int) -> node_pb2.Node:
     """Return the proto of a node.
 
@@ -137,7 +187,8 @@ def node_proto(row: NodeRow, allocated: Amounts, last_seen_ms: int) -> node_pb2.
             )
             for runtime in row.runtimes
         ],
-        labels=dict(row.labels),
+        labels={key: value for key, value in row.labels if key != EGRESS_LABEL},
+        egress=_egress_status(row),
         sandboxes=allocated.slots,
         version=row.version,
         last_seen_time=timestamp(last_seen_ms),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -20,25 +21,30 @@ from prism_common.errors import (
     WrongStateError,
 )
 from prism_common.names import shorten
-from prism_common.status import RemoteError, from_rpc_error
+from prism_common.status import RemoteError, failure_of, from_rpc_error
 from prism_common.streams import whole
 from prism_control.api import validation
 from prism_control.api.context import ApiContext, exact_sandbox
 from prism_control.api.forward import time_left_s
 from prism_control.state.machine import Machine
-from prism_control.state.model import SandboxRow, SandboxState
+from prism_control.state.model import NodeRow, SandboxRow, SandboxState
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 First = TypeVar(
     "First",
     sandbox_pb2.ExecRequest,
     sandbox_pb2.AttachExecRequest,
+    sandbox_pb2.ForwardPortRequest,
     sandbox_pb2.WriteFileRequest,
 )
 Response = TypeVar("Response", bound=Message)
 
 #: A read waits so long for a quorum; an election is over by then.
 _BARRIER_TIMEOUT_S: Final = 6.0
+#: An answer about a sandbox waits so long for its node to say what it uses.
+_USAGE_S: Final = 2.0
+#: What an agent says ahead of a failure has come by then.
+_TOLD_S: Final = 0.5
 #: What an agent still keeps something of, such as logs.
 _ON_A_NODE: Final = frozenset(
     {
@@ -99,6 +105,21 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         async for response in _relay(call, row):
             yield response
 
+    async def ForwardPort(
+        self, request_iterator: AsyncIterator[sandbox_pb2.ForwardPortRequest], context: Context
+    ) -> AsyncIterator[sandbox_pb2.ForwardPortResponse]:
+        """Connect to a port inside."""
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("request") != "start":
+            raise InvalidArgumentError("start: the first request of a port is its start")
+        row = await self._locate(first.start.sandbox, _RUNS, context)
+        first.start.sandbox = row.id
+        call = self._agent(row).ForwardPort(
+            _chain(first, request_iterator), timeout=_deadline(context)
+        )
+        async for response in _relay(call, row):
+            yield response
+
     async def ListExecs(
         self, request: sandbox_pb2.ListExecsRequest, context: Context
     ) -> sandbox_pb2.ListExecsResponse:
@@ -123,6 +144,28 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         request.sandbox = row.id
         return await _ask(self._agent(row).SignalExec(request, timeout=time_left_s(context)), row)
 
+    async def MeasureSandboxes(
+        self, request: sandbox_pb2.MeasureSandboxesRequest, context: Context
+    ) -> sandbox_pb2.MeasureSandboxesResponse:
+        """Ask a node what its sandboxes use."""
+        node = self._api.machine().find_node(validation.reference(request.node, "node"))
+        call = self._stub(node).MeasureSandboxes(request, timeout=time_left_s(context))
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise _from_agent(error, node.name) from None
+
+    async def _with_usage(self, row: SandboxRow, proto: sandbox_pb2.Sandbox) -> sandbox_pb2.Sandbox:
+        """Add what a sandbox uses, if its node says so in time."""
+        node = self._api.machine().node(row.node_id)
+        if node is not None and row.state in _HAS_PROCESSES:
+            request = sandbox_pb2.MeasureSandboxesRequest(sandbox_ids=[row.id])
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                response = await self._stub(node).MeasureSandboxes(request, timeout=_USAGE_S)
+                for usage in response.usages:
+                    proto.usage.CopyFrom(usage)
+        return proto
+
     # ── Files ────────────────────────────────────────────────────────────────────────────────
 
     async def ReadFile(
@@ -146,10 +189,7 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         first.sandbox = row.id
         call = self._agent(row).WriteFile(timeout=_deadline(context))
         try:
-            await _write_all(call, _chain(first, whole(request_iterator, context)))
-            return await call
-        except grpc.aio.AioRpcError as error:
-            raise _from_agent(error, row) from None
+            return await _pass_file(call, _chain(first, whole(request_iterator, context)), row)
         finally:
             call.cancel()
 
@@ -177,6 +217,14 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         request.sandbox = row.id
         call = self._agent(row).MakeDirectory(request, timeout=time_left_s(context))
         return await _ask(call, row)
+
+    async def MakeLink(
+        self, request: sandbox_pb2.MakeLinkRequest, context: Context
+    ) -> sandbox_pb2.FileInfo:
+        """Make a symbolic link."""
+        row = await self._locate(request.sandbox, _HAS_PROCESSES, context)
+        request.sandbox = row.id
+        return await _ask(self._agent(row).MakeLink(request, timeout=time_left_s(context)), row)
 
     async def MoveFile(
         self, request: sandbox_pb2.MoveFileRequest, context: Context
@@ -240,6 +288,9 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         node = self._api.machine().node(row.node_id)
         if node is None:
             raise NodeUnreachableError(f"node {row.node_name} of sandbox {row.name} is gone")
+        return self._stub(node)
+
+    def _stub(self, node: NodeRow) -> agent_pb2_grpc.AgentServiceAsyncStub:
         return agent_pb2_grpc.AgentServiceStub(self._api.agents.get(node.address))
 
 
@@ -249,12 +300,42 @@ async def _chain(first: First, rest: AsyncIterator[First]) -> AsyncIterator[Firs
         yield request
 
 
+_Write: TypeAlias = "grpc.aio.StreamUnaryCall[sandbox_pb2.WriteFileRequest, sandbox_pb2.FileInfo]"
+
+
+async def _pass_file(
+    call: _Write, requests: AsyncIterator[sandbox_pb2.WriteFileRequest], row: SandboxRow
+) -> sandbox_pb2.FileInfo:
+    """Pass a file on to its agent; once the agent has said that it fails, send no more of it."""
+    async with asyncio.TaskGroup() as tasks:
+        told = tasks.create_task(_told(call))
+        try:
+            await _write_all(call, requests, told)
+            return await call
+        except grpc.aio.AioRpcError as error:
+            await asyncio.wait({told}, timeout=_TOLD_S)
+            raise (told.done() and told.result()) or _from_agent(error, row.node_name) from None
+        finally:
+            told.cancel()
+
+
+async def _told(call: _Write) -> RemoteError | None:
+    """Return what an agent says ahead of a failure."""
+    try:
+        return failure_of(await call.initial_metadata())
+    except grpc.aio.AioRpcError:
+        return None
+
+
 async def _write_all(
-    call: grpc.aio.StreamUnaryCall[sandbox_pb2.WriteFileRequest, sandbox_pb2.FileInfo],
+    call: _Write,
     requests: AsyncIterator[sandbox_pb2.WriteFileRequest],
+    told: asyncio.Task[RemoteError | None],
 ) -> None:
     """Write all to an agent, as fast as it takes them."""
     async for request in requests:
+        if told.done() and (failure := told.result()) is not None:
+            raise failure
         try:
             await call.write(request)
         except asyncio.InvalidStateError:
@@ -270,7 +351,7 @@ async def _relay(call: Any, row: SandboxRow) -> AsyncIterator[Any]:
         async for response in call:
             yield response
     except grpc.aio.AioRpcError as error:
-        raise _from_agent(error, row) from None
+        raise _from_agent(error, row.node_name) from None
     finally:
         call.cancel()
 
@@ -279,15 +360,15 @@ async def _ask(call: Awaitable[Response], row: SandboxRow) -> Response:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        raise _from_agent(error, row) from None
+        raise _from_agent(error, row.node_name) from None
 
 
-def _from_agent(error: grpc.aio.AioRpcError, row: SandboxRow) -> RemoteError | NodeUnreachableError:
+def _from_agent(error: grpc.aio.AioRpcError, node_name: str) -> RemoteError | NodeUnreachableError:
     remote = from_rpc_error(error)
     # No ErrorInfo: it is not the agent that speaks, but the connection that failed.
     if remote.code == "UNAVAILABLE":
         return NodeUnreachableError(
-            f"node {row.node_name} does not answer: {remote.message}", retry_after_s=1.0
+            f"node {node_name} does not answer: {remote.message}", retry_after_s=1.0
         )
     return remote
 

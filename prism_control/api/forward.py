@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
+from prism_common.caller import ORIGIN, client
 from prism_common.channels import ChannelPool
 from prism_common.errors import (
     DeadlineError,
@@ -16,9 +17,11 @@ from prism_common.errors import (
     NotLeaderError,
     OutcomeUnknownError,
     PrismError,
+    UpgradeNeededError,
 )
 from prism_common.signal import Signal
 from prism_common.status import from_rpc_error
+from prism_control.state.commands import VERSION
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -70,9 +73,12 @@ def time_left_s(context: grpc.aio.ServicerContext[Any, Any]) -> float:
 class Forwarder:
     """Serves writes here or on the leader, through a change of leader, within the deadline."""
 
-    def __init__(self, view: LeaderView, pool: ChannelPool) -> None:
+    def __init__(
+        self, view: LeaderView, pool: ChannelPool, command_version: Callable[[], int]
+    ) -> None:
         self._view = view
         self._pool = pool
+        self._command_version = command_version
 
     async def call(
         self,
@@ -81,6 +87,7 @@ class Forwarder:
         response_type: type[Response],
         context: grpc.aio.ServicerContext[Request, Response],
         local: Callable[[Request, float], Awaitable[Response]],
+        needs: Callable[[], int] = lambda: 1,
     ) -> Response:
         """Serve one write. It must be safe to send twice: give it a request id first.
 
@@ -90,8 +97,11 @@ class Forwarder:
             response_type: What comes back.
             context: Of the call.
             local: Does it on the leader, within the given seconds.
+            needs: The version of commands that it needs. A leader of an older release would not
+                know the fields, and do the rest.
 
         Raises:
+            UpgradeNeededError: This cluster does not use that version yet.
             NotLeaderError: The call was forwarded here, and this member does not lead.
             NoLeaderError: No leader within some seconds; nothing was done.
             OutcomeUnknownError: It may yet commit; resend it with the same request id.
@@ -110,6 +120,7 @@ class Forwarder:
                     raise self._not_leader()
                 address = self._view.leader_api_address
                 if address:
+                    self._check_version(needs)
                     return await self._forward(method, request, response_type, address, left_s)
             except PrismError as error:
                 if error.code == OutcomeUnknownError.reason:
@@ -122,6 +133,15 @@ class Forwarder:
                 break
             await self._wait_for_change(leader_ends)
         raise unknown or _give_up(time.monotonic() >= ends)
+
+    def _check_version(self, needs: Callable[[], int]) -> None:
+        active = self._command_version()
+        if active < VERSION and needs() > active:
+            raise UpgradeNeededError(
+                f"it needs commands of version {needs()}, and this cluster uses version {active} "
+                "until every control node is upgraded",
+                retry_after_s=_RETRY_AFTER_S,
+            )
 
     async def _forward(
         self,
@@ -136,7 +156,8 @@ class Forwarder:
             request_serializer=type(request).SerializeToString,
             response_deserializer=response_type.FromString,
         )
-        call = send(request, timeout=timeout_s, metadata=((FORWARDED, "1"),))
+        metadata = ((FORWARDED, "1"), (ORIGIN, client.get()))
+        call = send(request, timeout=timeout_s, metadata=metadata)
         failure: PrismError
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(self._cancel_when_moved(call, address))

@@ -17,7 +17,7 @@ from prism_control.api import validation
 from prism_control.api.context import ApiContext
 from prism_control.state import commands
 from prism_control.state.commands import Command
-from prism_control.state.model import SandboxRow, SandboxState, is_placed
+from prism_control.state.model import SandboxRow, SandboxState, is_placed, pairs
 from prism_control.state.results import Ok, Refused, Result
 
 #: Answered before the call's own deadline, so that the caller gets a reason and not a bare timeout.
@@ -66,6 +66,54 @@ def delete_command(request: sandbox_pb2.DeleteSandboxRequest) -> commands.Delete
         sandbox=request.sandbox,
         force=request.force,
         grace_ms=int(limits.GRACE_S_DEFAULT * 1000),
+    )
+
+
+def stop_command(request: sandbox_pb2.StopSandboxRequest) -> commands.StopSandbox:
+    """Return what to propose for a stop; InvalidArgumentError if it is nonsense."""
+    return commands.StopSandbox(
+        request_id=request.request_id,
+        fingerprint=validation.fingerprint(request),
+        sandbox=request.sandbox,
+        grace_ms=validation.duration_ms(
+            request.grace_period if request.HasField("grace_period") else None,
+            "grace_period",
+            limits.GRACE_S_DEFAULT,
+            limits.GRACE_S_MAX,
+        ),
+    )
+
+
+def start_command(request: sandbox_pb2.StartSandboxRequest) -> commands.StartSandbox:
+    """Return what to propose for a start."""
+    return commands.StartSandbox(
+        request.request_id, validation.fingerprint(request), request.sandbox
+    )
+
+
+def pause_command(request: sandbox_pb2.PauseSandboxRequest) -> commands.PauseSandbox:
+    """Return what to propose for a pause."""
+    return commands.PauseSandbox(
+        request.request_id, validation.fingerprint(request), request.sandbox
+    )
+
+
+def resume_command(request: sandbox_pb2.ResumeSandboxRequest) -> commands.ResumeSandbox:
+    """Return what to propose for the end of a pause."""
+    return commands.ResumeSandbox(
+        request.request_id, validation.fingerprint(request), request.sandbox
+    )
+
+
+def update_command(request: sandbox_pb2.UpdateSandboxRequest) -> commands.UpdateSandbox:
+    """Return what to propose for an update; InvalidArgumentError if it is nonsense."""
+    return commands.UpdateSandbox(
+        request_id=request.request_id,
+        fingerprint=validation.fingerprint(request),
+        sandbox=request.sandbox,
+        labels=pairs(names.validate_labels(dict(request.labels), "labels")),
+        expire_ms=validation.expire_ms(request),
+        **validation.new_limits(request.limits),
     )
 
 

@@ -5,8 +5,8 @@ import base64
 import binascii
 import contextlib
 import struct
-from collections.abc import AsyncIterator
-from typing import Any, Final, TypeAlias
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc.aio
 from prism.sandbox.v1 import sandbox_pb2
@@ -14,7 +14,7 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_common import limits, names
 from prism_common.errors import InvalidArgumentError
 from prism_control.api import validation
-from prism_control.api.batches import Batches, check_batch
+from prism_control.api.batches import Batches, check_batch, version_of_batch
 from prism_control.api.context import ApiContext
 from prism_control.api.data_path import DataPath
 from prism_control.api.lifecycle import (
@@ -22,14 +22,27 @@ from prism_control.api.lifecycle import (
     check_create,
     create_command,
     delete_command,
+    pause_command,
+    resume_command,
     row_of,
+    start_command,
+    stop_command,
+    update_command,
 )
 from prism_control.rows import sandbox_proto
-from prism_control.state import commands
-from prism_control.state.commands import Command
+from prism_control.state.commands import Command, version_of
 from prism_control.state.events import SandboxChanged
-from prism_control.state.model import SandboxRow, SandboxState, pairs
+from prism_control.state.model import SandboxRow, SandboxState
 
+#: A request that names a sandbox and has an idempotency key.
+Changing = TypeVar(
+    "Changing",
+    sandbox_pb2.StopSandboxRequest,
+    sandbox_pb2.StartSandboxRequest,
+    sandbox_pb2.PauseSandboxRequest,
+    sandbox_pb2.ResumeSandboxRequest,
+    sandbox_pb2.UpdateSandboxRequest,
+)
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 _SERVICE: Final = "/prism.sandbox.v1.SandboxService/"
@@ -58,7 +71,12 @@ class SandboxServicer(DataPath):
         check_create(request)
         request.request_id = validation.request_id(request.request_id)
         return await self._api.forwarder.call(
-            _SERVICE + "CreateSandbox", request, sandbox_pb2.Sandbox, context, self._create
+            _SERVICE + "CreateSandbox",
+            request,
+            sandbox_pb2.Sandbox,
+            context,
+            self._create,
+            lambda: version_of(create_command(request)),
         )
 
     async def _create(
@@ -75,43 +93,31 @@ class SandboxServicer(DataPath):
         self, request: sandbox_pb2.StopSandboxRequest, context: Context
     ) -> sandbox_pb2.Sandbox:
         """End a sandbox's processes and keep its files."""
-        validation.reference(request.sandbox, "sandbox")
-        self._grace_ms(request)
-        request.request_id = validation.request_id(request.request_id)
-        return await self._api.forwarder.call(
-            _SERVICE + "StopSandbox", request, sandbox_pb2.Sandbox, context, self._stop
-        )
-
-    async def _stop(
-        self, request: sandbox_pb2.StopSandboxRequest, left_s: float
-    ) -> sandbox_pb2.Sandbox:
-        command = commands.StopSandbox(
-            request_id=request.request_id,
-            fingerprint=validation.fingerprint(request),
-            sandbox=request.sandbox,
-            grace_ms=self._grace_ms(request),
-        )
-        return sandbox_proto(await self._submit(command, request.ByteSize()))
+        return await self._change("StopSandbox", request, context, stop_command)
 
     async def StartSandbox(
         self, request: sandbox_pb2.StartSandboxRequest, context: Context
     ) -> sandbox_pb2.Sandbox:
         """Start a stopped sandbox again."""
-        validation.reference(request.sandbox, "sandbox")
-        request.request_id = validation.request_id(request.request_id)
-        return await self._api.forwarder.call(
-            _SERVICE + "StartSandbox", request, sandbox_pb2.Sandbox, context, self._start
-        )
+        return await self._change("StartSandbox", request, context, start_command)
 
-    async def _start(
-        self, request: sandbox_pb2.StartSandboxRequest, left_s: float
+    async def PauseSandbox(
+        self, request: sandbox_pb2.PauseSandboxRequest, context: Context
     ) -> sandbox_pb2.Sandbox:
-        command = commands.StartSandbox(
-            request_id=request.request_id,
-            fingerprint=validation.fingerprint(request),
-            sandbox=request.sandbox,
-        )
-        return sandbox_proto(await self._submit(command, request.ByteSize()))
+        """Freeze a sandbox's processes."""
+        return await self._change("PauseSandbox", request, context, pause_command)
+
+    async def ResumeSandbox(
+        self, request: sandbox_pb2.ResumeSandboxRequest, context: Context
+    ) -> sandbox_pb2.Sandbox:
+        """Thaw a sandbox's processes."""
+        return await self._change("ResumeSandbox", request, context, resume_command)
+
+    async def UpdateSandbox(
+        self, request: sandbox_pb2.UpdateSandboxRequest, context: Context
+    ) -> sandbox_pb2.Sandbox:
+        """Change labels, the deadline or limits."""
+        return await self._change("UpdateSandbox", request, context, update_command)
 
     async def DeleteSandbox(
         self, request: sandbox_pb2.DeleteSandboxRequest, context: Context
@@ -144,6 +150,7 @@ class SandboxServicer(DataPath):
             sandbox_pb2.BatchCreateSandboxesResponse,
             context,
             self._batches.create,
+            lambda: version_of_batch(request),
         )
 
     async def BatchDeleteSandboxes(
@@ -159,77 +166,39 @@ class SandboxServicer(DataPath):
             self._batches.delete,
         )
 
-    async def UpdateSandbox(
-        self, request: sandbox_pb2.UpdateSandboxRequest, context: Context
+    async def _change(
+        self,
+        method: str,
+        request: Changing,
+        context: Context,
+        make: Callable[[Changing], Command],
     ) -> sandbox_pb2.Sandbox:
-        """Change labels or the deadline."""
-        validation.reference(request.sandbox, "sandbox")
-        names.validate_labels(dict(request.labels), "labels")
-        validation.expire_ms(request)
-        request.request_id = validation.request_id(request.request_id)
-        return await self._api.forwarder.call(
-            _SERVICE + "UpdateSandbox", request, sandbox_pb2.Sandbox, context, self._update
-        )
+        """Serve a call that changes a sandbox and waits for nothing but the decision.
 
-    async def _update(
-        self, request: sandbox_pb2.UpdateSandboxRequest, left_s: float
-    ) -> sandbox_pb2.Sandbox:
-        command = commands.UpdateSandbox(
-            request_id=request.request_id,
-            fingerprint=validation.fingerprint(request),
-            sandbox=request.sandbox,
-            labels=pairs(dict(request.labels)),
-            expire_ms=validation.expire_ms(request),
-        )
-        return sandbox_proto(await self._submit(command, request.ByteSize()))
-
-    async def PauseSandbox(
-        self, request: sandbox_pb2.PauseSandboxRequest, context: Context
-    ) -> sandbox_pb2.Sandbox:
-        """Freeze a sandbox's processes."""
+        Args:
+            method: Its name.
+            request: What to change.
+            context: Of the call.
+            make: What to propose; InvalidArgumentError if a field is nonsense.
+        """
         validation.reference(request.sandbox, "sandbox")
         request.request_id = validation.request_id(request.request_id)
+        command = make(request)
+
+        async def propose(again: Changing, left_s: float) -> sandbox_pb2.Sandbox:
+            return sandbox_proto(await self._submit(command, again.ByteSize()))
+
         return await self._api.forwarder.call(
-            _SERVICE + "PauseSandbox", request, sandbox_pb2.Sandbox, context, self._pause
+            _SERVICE + method,
+            request,
+            sandbox_pb2.Sandbox,
+            context,
+            propose,
+            lambda: version_of(command),
         )
-
-    async def _pause(
-        self, request: sandbox_pb2.PauseSandboxRequest, left_s: float
-    ) -> sandbox_pb2.Sandbox:
-        command = commands.PauseSandbox(
-            request.request_id, validation.fingerprint(request), request.sandbox
-        )
-        return sandbox_proto(await self._submit(command, request.ByteSize()))
-
-    async def ResumeSandbox(
-        self, request: sandbox_pb2.ResumeSandboxRequest, context: Context
-    ) -> sandbox_pb2.Sandbox:
-        """Thaw a sandbox's processes."""
-        validation.reference(request.sandbox, "sandbox")
-        request.request_id = validation.request_id(request.request_id)
-        return await self._api.forwarder.call(
-            _SERVICE + "ResumeSandbox", request, sandbox_pb2.Sandbox, context, self._resume
-        )
-
-    async def _resume(
-        self, request: sandbox_pb2.ResumeSandboxRequest, left_s: float
-    ) -> sandbox_pb2.Sandbox:
-        command = commands.ResumeSandbox(
-            request.request_id, validation.fingerprint(request), request.sandbox
-        )
-        return sandbox_proto(await self._submit(command, request.ByteSize()))
 
     async def _submit(self, command: Command, size: int) -> SandboxRow:
         return row_of(await self._api.submit(command, size), command)
-
-    @staticmethod
-    def _grace_ms(request: sandbox_pb2.StopSandboxRequest) -> int:
-        return validation.duration_ms(
-            request.grace_period if request.HasField("grace_period") else None,
-            "grace_period",
-            limits.GRACE_S_DEFAULT,
-            limits.GRACE_S_MAX,
-        )
 
     # ── Reads ────────────────────────────────────────────────────────────────────────────────
 
@@ -239,7 +208,9 @@ class SandboxServicer(DataPath):
         """Return one sandbox."""
         reference = validation.reference(request.sandbox, "sandbox")
         machine = await self._fresh(request.consistency, context)
-        return sandbox_proto(machine.find_sandbox(reference))
+        row = machine.find_sandbox(reference)
+        proto = sandbox_proto(row)
+        return await self._with_usage(row, proto) if request.with_usage else proto
 
     async def ListSandboxes(
         self, request: sandbox_pb2.ListSandboxesRequest, context: Context

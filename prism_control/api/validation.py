@@ -11,6 +11,7 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_common import limits, names
 from prism_common.errors import InvalidArgumentError
+from prism_control.api.egress import egress_of
 from prism_control.state.model import OnNodeLoss, Spec, pairs
 
 #: The images that this version serves.
@@ -99,6 +100,29 @@ def expire_ms(request: sandbox_pb2.UpdateSandboxRequest) -> int:
     return request.expire_time.seconds * 1000 + request.expire_time.nanos // 10**6
 
 
+def new_limits(asked: sandbox_pb2.Limits) -> dict[str, int]:
+    """Return the limits to change, by name; 0: it stays as it is.
+
+    Raises:
+        InvalidArgumentError: One is out of its range, or cannot change.
+    """
+    if asked.open_files_max:
+        raise InvalidArgumentError(
+            "limits.open_files_max: cannot change: every process has it from its start",
+            field="limits.open_files_max",
+        )
+    if asked.output_bytes_per_second:
+        raise InvalidArgumentError(
+            "limits.output_bytes_per_second: cannot change: it is given when a sandbox is created",
+            field="limits.output_bytes_per_second",
+        )
+    return {
+        name: _amount(name, getattr(asked, name), 0, least, most, "limits.")
+        for name, (least, most) in _RANGES.items()
+        if name not in ("open_files_max", "output_bytes_per_second")
+    }
+
+
 def spec_of(proto: sandbox_pb2.SandboxSpec) -> Spec:
     """Return what to store of a request's spec.
 
@@ -143,25 +167,11 @@ def _read_spec(proto: sandbox_pb2.SandboxSpec) -> Spec:
     asked = proto.limits
     return Spec(
         image=image,
-        cpu_millicores=_amount(
-            "cpu_millicores", asked.cpu_millicores, limits.CPU_MILLICORES_DEFAULT, 1,
-            limits.CPU_MILLICORES_MAX,
-        ),
-        memory_bytes=_amount(
-            "memory_bytes", asked.memory_bytes, limits.MEMORY_BYTES_DEFAULT,
-            limits.MEMORY_BYTES_MIN, limits.MEMORY_BYTES_MAX,
-        ),
-        disk_bytes=_amount(
-            "disk_bytes", asked.disk_bytes, limits.DISK_BYTES_DEFAULT, limits.DISK_BYTES_MIN,
-            limits.DISK_BYTES_MAX,
-        ),
-        processes_max=_amount(
-            "processes_max", asked.processes_max, limits.PROCESSES_DEFAULT, 2, limits.PROCESSES_MAX
-        ),
-        open_files_max=_amount(
-            "open_files_max", asked.open_files_max, limits.OPEN_FILES_DEFAULT, 16,
-            limits.OPEN_FILES_MAX,
-        ),
+        cpu_millicores=_limit("cpu_millicores", asked, limits.CPU_MILLICORES_DEFAULT),
+        memory_bytes=_limit("memory_bytes", asked, limits.MEMORY_BYTES_DEFAULT),
+        disk_bytes=_limit("disk_bytes", asked, limits.DISK_BYTES_DEFAULT),
+        processes_max=_limit("processes_max", asked, limits.PROCESSES_DEFAULT),
+        open_files_max=_limit("open_files_max", asked, limits.OPEN_FILES_DEFAULT),
         env=pairs(names.validate_env(dict(proto.env), "spec.env")),
         labels=pairs(names.validate_labels(dict(proto.labels), "spec.labels")),
         ttl_ms=_lifetime_ms(proto.ttl if proto.HasField("ttl") else None, "spec.ttl"),
@@ -174,14 +184,33 @@ def _read_spec(proto: sandbox_pb2.SandboxSpec) -> Spec:
         node_selector=pairs(
             names.validate_labels(dict(proto.node_selector), "spec.node_selector")
         ),
+        output_bytes_per_second=_limit("output_bytes_per_second", asked, 0),
+        egress=egress_of(proto.network, "spec.network"),
     )  # fmt: skip
 
 
-def _amount(name: str, value: int, default: int, least: int, most: int) -> int:
+#: Least and most of each limit.
+_RANGES: Final = {
+    "cpu_millicores": (1, limits.CPU_MILLICORES_MAX),
+    "memory_bytes": (limits.MEMORY_BYTES_MIN, limits.MEMORY_BYTES_MAX),
+    "disk_bytes": (limits.DISK_BYTES_MIN, limits.DISK_BYTES_MAX),
+    "processes_max": (2, limits.PROCESSES_MAX),
+    "open_files_max": (16, limits.OPEN_FILES_MAX),
+    "output_bytes_per_second": (
+        limits.OUTPUT_BYTES_PER_SECOND_MIN, limits.OUTPUT_BYTES_PER_SECOND_MAX
+    ),
+}  # fmt: skip
+
+
+def _limit(name: str, asked: sandbox_pb2.Limits, default: int) -> int:
+    return _amount(name, getattr(asked, name), default, *_RANGES[name], "spec.limits.")
+
+
+def _amount(name: str, value: int, default: int, least: int, most: int, within: str) -> int:
     if value == 0:
         return default
     if not least <= value <= most:
-        field = f"spec.limits.{name}"
+        field = f"{within}{name}"
         raise InvalidArgumentError(f"{field}: {value} is not {least} to {most}", field=field)
     return value
 

@@ -54,6 +54,8 @@ _INBOX_LENGTH_MAX: Final = 20_000
 #: The loop is handed back after applying for so long: heartbeats and other calls go on.
 _APPLY_SLICE_S: Final = 0.01
 _DISK_FULL_RETRY_S: Final = 0.5
+#: Followers are told of a commit after so long, if no entry has carried it to them by then.
+_ANNOUNCE_COMMIT_S: Final = 0.005
 
 
 class StateMachine(Snapshotted, Protocol):
@@ -155,6 +157,8 @@ class Driver:
         #: Notified when role, leader, term, readiness to lead or the configuration change.
         self.changed = Signal()
         self.leader_changes = 0
+        #: Runs while a commit waits to be carried to the followers.
+        self._announcement: asyncio.TimerHandle | None = None
 
     # ── What others ask ──────────────────────────────────────────────────────────────────────
 
@@ -426,10 +430,24 @@ class Driver:
                 await asyncio.sleep(0)
                 slice_end = time.perf_counter() + _APPLY_SLICE_S
         if committed:
+            self._announce_commit_soon()
             led = self.leads
             self._core.applied(committed[-1].index)
             if self.leads != led:
                 self.changed.notify()
+            # Who waits for these is answered before anything else is done.
+            await asyncio.sleep(0)
+
+    def _announce_commit_soon(self) -> None:
+        if self._core.replication is None or self._announcement is not None:
+            return
+
+        def announce() -> None:
+            self._announcement = None
+            self._core.announce_commit()
+            self._wake.set()
+
+        self._announcement = asyncio.get_running_loop().call_later(_ANNOUNCE_COMMIT_S, announce)
 
     def _settle(self, entry: Entry, result: object) -> None:
         leads = self._core.replication is not None

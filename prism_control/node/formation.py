@@ -17,6 +17,7 @@ from prism_control.raft import formation
 from prism_control.raft.configuration import bootstrap
 from prism_control.raft.formation import PeerView
 from prism_control.raft.types import Configuration, Member
+from prism_control.state import commands
 from prism_control.storage.log import Formation, LogStore
 from prism_control.transport import wire
 
@@ -69,6 +70,7 @@ class FormationEdge:
             bootstrap_expect=self._expected,
             accepted_cluster_id=accepted.cluster_id if accepted else "",
             configuration=wire.encode_configuration(self._configuration()),
+            command_version=commands.VERSION,
         )
 
     def form(self, request: raft_pb2.FormRequest) -> raft_pb2.FormResponse:
@@ -119,7 +121,9 @@ class FormationEdge:
             await pool.close()
 
     async def _ask_to_join(self, pool: channels.ChannelPool) -> bool:
-        request = raft_pb2.JoinRequest(member=wire.encode_member(self._me))
+        request = raft_pb2.JoinRequest(
+            member=wire.encode_member(self._me), command_version=commands.VERSION
+        )
         addresses = list(self._join)
         for address in addresses:
             stub = raft_pb2_grpc.RaftServiceStub(pool.get(address))

@@ -15,6 +15,7 @@ from prism_control.dispatch import Dispatcher, Office
 from prism_control.metrics import LeaderMetrics
 from prism_control.node.driver import Driver
 from prism_control.node.replica import Replica
+from prism_control.node.upgrade import VersionGate
 from prism_control.raft.errors import InvalidRequestError, NotReadyError
 from prism_control.raft.errors import NotLeaderError as RaftNotLeaderError
 from prism_control.raft.types import Member
@@ -66,7 +67,9 @@ class Leadership:
         dispatcher: Dispatcher,
         metrics: LeaderMetrics,
         has_room: Callable[[], bool],
+        gate: VersionGate,
     ) -> None:
+        self._gate = gate
         self._has_room = has_room
         self._cluster_id = cluster_id
         self._me = me
@@ -201,9 +204,12 @@ class Leadership:
                 *liveness.tick(monotonic_ms(), wall_ms()),
                 deadlines.due(wall_ms()),
                 drains.due(self._replica.machine, wall_ms()),
+                self._gate.due(),
             ]
+            # What some member could not apply has to wait until it is upgraded.
+            ready = [command for command in due if command is not None and self._gate.may(command)]
             # All at once: a loss that is judged now must not be proposed after the node was heard.
-            await self._propose([command for command in due if command is not None])
+            await self._propose(ready)
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def _propose(self, commands: list[Command]) -> None:

@@ -21,6 +21,7 @@ from prism_common.names import shorten
 from prism_common.status import from_rpc_error
 from prism_control.node.driver import Driver
 from prism_control.node.settings import VOTERS_MAX
+from prism_control.node.upgrade import VersionGate
 from prism_control.raft import errors as raft_errors
 from prism_control.raft.confchange import ConfigurationChange
 from prism_control.raft.types import Member, MemberId
@@ -41,18 +42,25 @@ class Membership:
     Args:
         driver: Of this member.
         pool: Channels to other members.
+        gate: Knows which versions of commands are in use.
     """
 
-    def __init__(self, driver: Driver, pool: ChannelPool) -> None:
+    def __init__(self, driver: Driver, pool: ChannelPool, gate: VersionGate) -> None:
+        self._gate = gate
         self._driver = driver
         self._pool = pool
 
-    async def join(self, member: Member) -> None:
+    async def join(self, member: Member, command_version: int) -> None:
         """Take in a member that asks to join. Asking again changes nothing.
+
+        Args:
+            member: Who asks.
+            command_version: Highest version of commands that it can apply; 0: it does not tell.
 
         Raises:
             NotLeaderError: With the leader's Raft address in the metadata.
             AlreadyExistsError: Another member has its name or its address.
+            WrongStateError: There are enough members, or its release is too old.
         """
         members = {known.id: known for known in self._driver.configuration.members}
         if members.get(member.id) == member:
@@ -72,7 +80,8 @@ class Membership:
             raise WrongStateError(f"a cluster has at most {VOTERS_MAX} members; remove one first")
         moved = member.id in members
         change = ConfigurationChange(update=(member,)) if moved else ConfigurationChange((member,))
-        await self._act(lambda: self._driver.change_members(change))
+        with self._gate.admitting(member, command_version):
+            await self._act(lambda: self._driver.change_members(change))
         logger.info("member %s at %s has joined", member.name, member.raft_address)
 
     async def add(self, raft_address: str) -> Member:
@@ -96,7 +105,7 @@ class Membership:
                 f"raft_address: {member.name} at {raft_address} belongs to cluster "
                 f"{answer.cluster_id}; give it an empty --data-dir"
             )
-        await self.join(member)
+        await self.join(member, answer.command_version)
         return member
 
     async def remove(self, reference: str) -> None:

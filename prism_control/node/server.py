@@ -37,11 +37,13 @@ from prism_control.node.membership import Membership
 from prism_control.node.replica import Replica
 from prism_control.node.settings import NodeSettings
 from prism_control.node.status import NodeStatus
+from prism_control.node.upgrade import VersionGate
 from prism_control.raft.config import CoreConfig
 from prism_control.raft.configuration import bootstrap
 from prism_control.raft.core import Core
 from prism_control.raft.errors import CorruptEntryError, InvariantError
 from prism_control.raft.types import Configuration, Member, SnapshotRequest
+from prism_control.state import commands
 from prism_control.storage.directory import DataDirectory
 from prism_control.storage.errors import DiskFullError, StorageError
 from prism_control.storage.log import Identity, LogStore
@@ -74,6 +76,7 @@ class ControlNode:
         self._settings = settings
         self._metrics = ControlMetrics()
         self._replica = Replica()
+        self._gate = VersionGate(lambda: self._replica.machine)
         self._agents = ChannelPool()
         self._peers = ChannelPool()
         #: Notified when who leads may have changed; lives longer than the driver.
@@ -125,8 +128,9 @@ class ControlNode:
     async def _serve(self, directory: DataDirectory, store: LogStore) -> int:
         settings = self._settings
         batcher = Batcher(
-            settings.batching, self._metrics.batcher, self._wake_driver, directory.has_room
-        )
+            settings.batching, self._metrics.batcher, self._wake_driver, directory.has_room,
+            self._gate.check,
+        )  # fmt: skip
         snapshots = SnapshotStore(directory.path / "snapshots")
         dispatcher = Dispatcher(self._metrics.leader)
         api_server = RpcServer(settings.api, "--api", self._metrics.calls)
@@ -258,19 +262,20 @@ class ControlNode:
             self._settings.snapshots,
         )  # fmt: skip
         driver.changed = self.changed
+        self._gate.attach(driver)
         transport = Transport(
             identity.cluster_id, self._me, driver.report_unreachable, driver.report_disconnected,
             send,
         )  # fmt: skip
         driver.on_configuration = transport.update
-        self._membership = Membership(driver, self._peers)
+        self._membership = Membership(driver, self._peers, self._gate)
         self._status = NodeStatus(
             self._me, identity.cluster_id, driver, transport, self._replica, batcher,
-            directory.has_room,
+            directory.has_room, self._gate,
         )  # fmt: skip
         self._leadership = Leadership(
             identity.cluster_id, self._me, driver, self._replica, batcher, dispatcher,
-            self._metrics.leader, directory.has_room,
+            self._metrics.leader, directory.has_room, self._gate,
         )  # fmt: skip
         self._open(identity.cluster_id, driver, transport, snapshots, raft_service)
         try:
@@ -330,7 +335,9 @@ class ControlNode:
             become()
         snapshots.prune(stored.snapshot.index, newer=True)
         core = Core(
-            CoreConfig(self._me.id, _ELECTION_TICKS, _HEARTBEAT_TICKS),
+            CoreConfig(
+                self._me.id, _ELECTION_TICKS, _HEARTBEAT_TICKS, command_version=commands.VERSION
+            ),
             random.Random(),  # noqa: S311 - election timeouts are no secret
             stored.hard_state,
             stored.snapshot,
@@ -404,7 +411,7 @@ class ControlNode:
             submit=batcher.submit,
             submit_all=batcher.submit_all,
             read_barrier=self._read_barrier,
-            forwarder=Forwarder(self, self._peers),
+            forwarder=Forwarder(self, self._peers, lambda: self._replica.machine.command_version),
             agents=self._agents,
             last_seen_ms=self._last_seen_ms,
         )

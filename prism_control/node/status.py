@@ -12,6 +12,7 @@ from prism_control.batcher import Batcher
 from prism_control.metrics import RaftFigures, StateFigures
 from prism_control.node.driver import Driver
 from prism_control.node.replica import Replica
+from prism_control.node.upgrade import VersionGate
 from prism_control.raft.types import NOBODY, Member, MemberId, Role
 from prism_control.state.model import NodeState, SandboxState
 from prism_control.transport.peers import Transport
@@ -33,6 +34,7 @@ class NodeStatus:
         me: This member.
         cluster_id: Its cluster.
         has_room: Whether its disk takes more commands.
+        gate: Knows which members hold commands back.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class NodeStatus:
         replica: Replica,
         batcher: Batcher,
         has_room: Callable[[], bool],
+        gate: VersionGate,
     ) -> None:
+        self._gate = gate
         self._me = me
         self._cluster_id = cluster_id
         self._driver = driver
@@ -132,6 +136,12 @@ class NodeStatus:
                 f"{names} cannot be reached; {max(left, 0)} more may fail before writes stop: "
                 "start it again, or look at its log"
             )
+        old = sorted(name for name, version in self._gate.behind().items() if version is not None)
+        if old:
+            warnings.append(
+                f"{', '.join(old)} run an older release: what is new is refused until they are "
+                "upgraded"
+            )
         for address, refusal in self._transport.refusals().items():
             warnings.append(f"the member at {address} refuses this one: {refusal}")
         return warnings
@@ -178,6 +188,7 @@ class NodeStatus:
         """Return every member, in order of name."""
         soft = self._driver.soft_state
         matches = self._matches()
+        versions = self._gate.known()
         members = sorted(self._driver.configuration.members, key=lambda member: member.name)
         return [
             cluster_pb2.Peer(
@@ -189,6 +200,7 @@ class NodeStatus:
                 match_index=matches.get(member.id, 0),
                 last_contact_time=self._contact_time(member.id),
                 reachable=member.id == self._me.id or self._is_reachable(member.id),
+                command_version=versions.get(member.name, 0),
             )
             for member in members
         ]
@@ -238,4 +250,5 @@ class NodeStatus:
             nodes={name: count for name, count in state.nodes.items() if count},
             version=__version__,
             warnings=self.warnings(),
+            command_version=self._replica.machine.command_version,
         )

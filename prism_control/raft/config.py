@@ -46,6 +46,8 @@ class CoreConfig:
         limits: Bounds.
         promotes_learners: Whether a leader makes voters of learners that have caught up. If not,
             somebody must propose it.
+        command_version: What this member tells leaders that its state machine can apply; the core
+            itself knows nothing of commands.
     """
 
     id: MemberId
@@ -53,6 +55,7 @@ class CoreConfig:
     heartbeat_ticks: int = 1
     limits: Limits = field(default_factory=Limits)
     promotes_learners: bool = True
+    command_version: int = 0
 
     def __post_init__(self) -> None:
         if self.id <= 0:

@@ -173,7 +173,13 @@ class FollowerState(MemberState):
         self._follow(message.sender)
         self._commit_to(message.commit)
         self._outbox.send_after_persist(
-            HeartbeatReply(self.config.id, message.sender, self.term, message.read_context)
+            HeartbeatReply(
+                self.config.id,
+                message.sender,
+                self.term,
+                message.read_context,
+                self.config.command_version,
+            )
         )
 
     def _handle_snapshot_request(self, message: SnapshotRequest) -> None:

@@ -83,11 +83,23 @@ class LeaderState(FollowerState):
             replication.start_read_round(self.commit)
             self._release_reads(replication)
             self._finish_change(replication)
+        if self._is_removed:
+            # It lets go below, and the others must know by then what is committed.
+            replication.announces_commit = True
         replication.send_all(self.commit, self.snapshot)
         if self._transfer is not None and self._transfer.is_due(replication, self.log.last_index):
             self._outbox.send_now(TimeoutNow(self.config.id, self._transfer.to, self.term))
         if self._is_removed:
             self._hand_over(replication)
+
+    def announce_commit(self) -> None:
+        """Tell followers of the commit index, unless entries have carried it to them by now.
+
+        They learn it from the next entries or heartbeat anyway. To tell each of every commit at
+        once would double the messages: under load the next entries follow at once.
+        """
+        if self.replication is not None:
+            self.replication.announces_commit = True
 
     @property
     def _has_committed_in_own_term(self) -> bool:

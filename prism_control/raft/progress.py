@@ -30,6 +30,7 @@ class Progress:
 
     __slots__ = (
         "_inflight",
+        "command_version",
         "commit_sent",
         "inflight_bytes",
         "match",
@@ -63,6 +64,9 @@ class Progress:
         self.commit_sent = 0
         #: Newest round of reads that the follower has confirmed (thesis 6.4).
         self.read_round = 0
+        #: Highest version of commands that it said it can apply, in the present term; None: it was
+        #: not heard yet; 0: its release does not tell.
+        self.command_version: int | None = None
         #: REPLICATE only: (last index, bytes) of each message not answered yet, ascending.
         self._inflight: deque[tuple[int, int]] = deque()
         #: Sum of the bytes in `_inflight`.

@@ -38,6 +38,7 @@ class Replication:
         "_log",
         "_outbox",
         "_term",
+        "announces_commit",
         "progress",
         "reads",
         "uncommitted_bytes",
@@ -69,6 +70,8 @@ class Replication:
         self.reads = LeaderReads()
         #: Data of all entries past the commit index.
         self.uncommitted_bytes = 0
+        #: Followers are told of the commit index now, though no entry goes to them.
+        self.announces_commit = False
 
     def configure(self, configuration: Configuration) -> None:
         """Use `configuration`, which the leader has just appended, from now on (§6)."""
@@ -135,8 +138,9 @@ class Replication:
         for member, progress in self.progress.items():
             if member != self._id:
                 self._send_entries(member, progress, commit, snapshot)
-                if min(progress.match, commit) > progress.commit_sent:
+                if self.announces_commit and min(progress.match, commit) > progress.commit_sent:
                     self._send_heartbeat(member, progress, commit)
+        self.announces_commit = False
 
     def append_replied(self, reply: AppendReply) -> bool:
         """Take note of a follower's answer; return whether its match has gone up.
@@ -174,6 +178,7 @@ class Replication:
             return
         progress.heard()
         progress.read_round = max(progress.read_round, reply.read_context)
+        progress.command_version = reply.command_version
         if progress.take_retry() and progress.match < self._log.last_index:
             # If what was sent ahead is lost, then the follower will reject this.
             previous_term = self._log.term_at(progress.next - 1)

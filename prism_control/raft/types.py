@@ -217,12 +217,17 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReply:
-    """Answers a `Heartbeat`, returning its `read_context`."""
+    """Answers a `Heartbeat`, returning its `read_context`.
+
+    `command_version` is the highest version of commands that the sender can apply; 0: its release
+    does not tell.
+    """
 
     sender: MemberId
     receiver: MemberId
     term: int
     read_context: int = 0
+    command_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

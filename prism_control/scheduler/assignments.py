@@ -42,7 +42,7 @@ class Assignment(Struct, frozen=True, gc=False):
     """One desired sandbox; as prism.agent.v1.Assignment.
 
     Attributes:
-        spec: None where desired is not RUNNING.
+        spec: None where it shall have no processes.
         expire_ms: By wall time; 0: never.
     """
 
@@ -57,12 +57,12 @@ class Assignment(Struct, frozen=True, gc=False):
 
 
 #: What an assignment asks for beyond its sandbox's fixed facts: equal ones need no second message.
-_Wish: TypeAlias = tuple[int, DesiredState, int, int, int]
+_Wish: TypeAlias = tuple[int, DesiredState, int, int, int, int, int, int, int]
 
 
 def assignment_of(row: SandboxRow) -> Assignment:
     """Return what a placed sandbox's node is told."""
-    running = row.desired is DesiredState.RUNNING
+    running = row.desired in (DesiredState.RUNNING, DesiredState.PAUSED)
     return Assignment(
         row.id,
         row.generation,
@@ -244,12 +244,26 @@ def _is_start(row: SandboxRow) -> bool:
 
 
 def _wish_of(row: SandboxRow) -> _Wish:
-    return row.generation, row.desired, row.start_count, row.grace_ms, row.expire_ms
+    spec = row.spec
+    return (
+        row.generation,
+        row.desired,
+        row.start_count,
+        row.grace_ms,
+        row.expire_ms,
+        spec.cpu_millicores,
+        spec.memory_bytes,
+        spec.disk_bytes,
+        spec.processes_max,
+    )
 
 
 def _size(assignment: Assignment) -> int:
     spec = assignment.spec
-    if spec is None or not (spec.env or spec.labels):
+    if spec is None or not (spec.env or spec.labels or spec.egress):
         return _ASSIGNMENT_BYTES
     texts = sum(len(key) + len(value) for key, value in spec.env + spec.labels)
+    if spec.egress is not None:
+        rows = spec.egress.rules + spec.egress.names
+        texts += sum(len(row.target) + 8 * len(row.ports) + 8 for row in rows)
     return _ASSIGNMENT_BYTES + 2 * texts

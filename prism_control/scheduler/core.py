@@ -209,6 +209,9 @@ class Scheduler:
 
     def _sandbox_changed(self, row: SandboxRow, previous: SandboxRow | None) -> None:
         if row.state in _HOLDS_ALL and previous is not None and previous.state in _HOLDS_ALL:
+            if row.spec is not previous.spec:  # its limits may be others
+                self._account(previous, -1)
+                self._account(row, 1)
             return  # most events of a sandbox's life: its node's room stays as it is
         if previous is not None:
             self._account(previous, -1)

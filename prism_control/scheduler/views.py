@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Final, NamedTuple, TypeAlias
 
 from prism_control.state.model import (
+    EGRESS_LABEL,
+    EGRESS_READY,
     Amounts,
     NodeRow,
     NodeState,
@@ -45,9 +47,10 @@ def entry_of(row: SandboxRow) -> Entry:
 
 def shape_of(spec: Spec) -> Shape:
     """Return the shape of a spec."""
-    return Shape(
-        spec.cpu_millicores, spec.memory_bytes, spec.disk_bytes, spec.runtime, spec.node_selector
-    )
+    selector = spec.node_selector
+    if spec.egress is not None:
+        selector = (*selector, (EGRESS_LABEL, EGRESS_READY))
+    return Shape(spec.cpu_millicores, spec.memory_bytes, spec.disk_bytes, spec.runtime, selector)
 
 
 class NodeView:
@@ -165,6 +168,9 @@ class NodeView:
                 if one.name == shape.runtime and one.message:
                     return f"runtime {shape.runtime} does not work: {one.message[:120]}"
             return f"has no runtime {shape.runtime}"
+        told = self.labels.get(EGRESS_LABEL, "its agent does not say that it can")
+        if told != EGRESS_READY and (EGRESS_LABEL, EGRESS_READY) in shape.node_selector:
+            return f"cannot give a network: {told[:200]}"
         wanted = (f"{k}={v}" for k, v in shape.node_selector if self.labels.get(k) != v)
         return f"lacks the label {', '.join(wanted)[:200]}"
 

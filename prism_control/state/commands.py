@@ -4,8 +4,9 @@ A command says what shall be, in the imperative; the machine answers with one re
 with events of what has changed. Commands are on disk and on the wire to members of other versions:
 
 - a tag is never used again, and a new field goes last with a default;
-- a command or meaning that an older member cannot apply needs a higher `VERSION`: such a member
-  stops with `UnknownCommandError` rather than to diverge.
+- a command or meaning that an older member cannot apply needs a higher `VERSION`, and a line in
+  `version_of`: such a member stops with `UnknownCommandError` rather than to diverge, and leaders
+  hold such commands back until every member can apply them (`RaiseVersion`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from msgspec import Struct
 
 from prism_common.errors import PrismError
 from prism_control.state.model import (
+    LIMITS_NOT_HELD,
     Amounts,
     ObservedState,
     Pairs,
@@ -26,7 +28,9 @@ from prism_control.state.model import (
 )
 
 #: Highest version of proposals that this member can apply.
-VERSION: Final = 3
+VERSION: Final = 4
+#: What a member can apply whose release does not tell: that of the last release that did not.
+VERSION_UNTOLD: Final = 2
 
 
 class UnknownCommandError(PrismError):
@@ -222,11 +226,14 @@ class ExpireSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=12):
 
 
 class UpdateSandbox(Struct, frozen=True, array_like=True, gc=False, tag=13):
-    """Changes labels or the deadline. Result: Ok, or Refused (NOT_FOUND, WRONG_STATE, INVALID).
+    """Changes labels, the deadline or limits.
+
+    Result: Ok, or Refused (NOT_FOUND, WRONG_STATE, INVALID, NO_CAPACITY) where nothing is changed.
 
     Attributes:
         labels: To set; an empty value removes one.
         expire_ms: The new end of life; 0: as it was.
+        cpu_millicores: A new limit, as the others of version 4; 0: as it was.
     """
 
     request_id: str
@@ -234,6 +241,17 @@ class UpdateSandbox(Struct, frozen=True, array_like=True, gc=False, tag=13):
     sandbox: str
     labels: Pairs = ()
     expire_ms: int = 0
+    cpu_millicores: int = 0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    processes_max: int = 0
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether it changes limits."""
+        return bool(
+            self.cpu_millicores or self.memory_bytes or self.disk_bytes or self.processes_max
+        )
 
 
 class PauseSandbox(Struct, frozen=True, array_like=True, gc=False, tag=14):
@@ -281,6 +299,15 @@ class MoveSandboxes(Struct, frozen=True, array_like=True, gc=False, tag=18):
     sandbox_ids: tuple[str, ...]
 
 
+class RaiseVersion(Struct, frozen=True, array_like=True, gc=False, tag=19):
+    """Lets commands up to a version be proposed: all members can apply them. Result: Applied.
+
+    Proposed under that version itself, so that a member that cannot apply them stops here.
+    """
+
+    version: int
+
+
 Command: TypeAlias = (
     CreateSandbox
     | DeleteSandbox
@@ -300,10 +327,18 @@ Command: TypeAlias = (
     | DrainNode
     | EvictSandboxes
     | MoveSandboxes
+    | RaiseVersion
 )
 
-#: What members of version 1 cannot apply.
-_SINCE_2: Final = (UpdateSandbox, PauseSandbox, ResumeSandbox, DrainNode, EvictSandboxes)
+#: The version that a kind of command came with, where that is not the first.
+_SINCE: Final[dict[type, int]] = {
+    UpdateSandbox: 2,
+    PauseSandbox: 2,
+    ResumeSandbox: 2,
+    DrainNode: 2,
+    EvictSandboxes: 2,
+    MoveSandboxes: 3,
+}
 
 
 class Proposal(Struct, frozen=True, array_like=True, gc=False):
@@ -322,19 +357,30 @@ class Proposal(Struct, frozen=True, array_like=True, gc=False):
 
 def propose(at_ms: int, items: tuple[Command, ...]) -> Proposal:
     """Return a proposal of the lowest version that can apply its items."""
-    return Proposal(max(map(_version_of, items), default=1), at_ms, items)
+    return Proposal(max(map(version_of, items), default=1), at_ms, items)
 
 
-def _version_of(item: Command) -> int:
-    if isinstance(item, MoveSandboxes):
-        return 3
-    return 2 if _needs_2(item) else 1
-
-
-def _needs_2(item: Command) -> bool:
+def version_of(item: Command) -> int:
+    """Return the lowest version of the machine that can apply a command."""
+    if isinstance(item, CreateSandbox):  # first: most are
+        return 4 if item.spec.output_bytes_per_second or item.spec.egress is not None else 1
+    kind = type(item)
+    if isinstance(item, UpdateSandbox) and item.has_limits:
+        return 4
+    since = _SINCE.get(kind)
+    if since is not None:
+        return since
+    if isinstance(item, RaiseVersion):
+        return item.version
     if isinstance(item, ReportSandboxes | RegisterNode):
-        return any(report.state is ObservedState.PAUSED for report in item.reports)
-    return isinstance(item, _SINCE_2)
+        return max(map(_version_of_report, item.reports), default=1)
+    return 1
+
+
+def _version_of_report(report: Report) -> int:
+    if report.reason == LIMITS_NOT_HELD:
+        return 4
+    return 2 if report.state is ObservedState.PAUSED else 1
 
 
 class _Head(Struct, frozen=True, array_like=True):

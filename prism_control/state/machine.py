@@ -41,7 +41,10 @@ _LEADERS: Final[dict[type, _Handler]] = {
     commands.DrainNode: node_handlers.drain,
     commands.EvictSandboxes: node_handlers.evict,
     commands.MoveSandboxes: node_handlers.move,
+    commands.RaiseVersion: node_handlers.raise_version,
 }
+#: Of those that a prefix fits no more are counted.
+_MANY: Final = 1000
 #: Rows that any apply may drop beyond those that it adds: old rows go in small slices.
 _COMPACT_MIN: Final = 64
 
@@ -133,6 +136,11 @@ class Machine:
         return self._tables.now_ms
 
     @property
+    def command_version(self) -> int:
+        """Commands up to this version may be proposed."""
+        return self._tables.command_version
+
+    @property
     def sandbox_count(self) -> int:
         """Sandboxes that are not DELETED."""
         return len(self._tables.names)
@@ -151,7 +159,7 @@ class Machine:
         return self._tables.node(reference)
 
     def find_sandbox(self, reference: str) -> SandboxRow:
-        """Return a sandbox by id, name, or unique prefix of either. Scans all for a prefix.
+        """Return a sandbox by id, name, or unique prefix of either.
 
         Raises:
             NotFoundError: None fits.
@@ -160,11 +168,11 @@ class Machine:
         row = self._tables.sandbox(reference)
         if row is not None:
             return row
-        found = [
-            key
-            for name, key in self._tables.names.items()
-            if name.startswith(reference) or key.startswith(reference)
-        ]
+        found: set[str] = set()
+        for key in self._tables.prefixes.beginning_with(reference):
+            found |= self._tables.owners(key)
+            if len(found) >= _MANY:
+                break
         return self._tables.sandboxes[_only("sandbox", reference, found)]
 
     def find_node(self, reference: str) -> NodeRow:
@@ -177,11 +185,11 @@ class Machine:
         node = self._tables.node(reference)
         if node is not None:
             return node
-        found = [
+        found = {
             row.id
             for row in self._tables.nodes.values()
             if row.name.startswith(reference) or row.id.startswith(reference)
-        ]
+        }
         return self._tables.nodes[_only("node", reference, found)]
 
     def list_page(
@@ -196,7 +204,7 @@ class Machine:
 
         Args:
             after: 0, or what the page before returned: what a page token holds.
-            limit: 1 to 1,000.
+            limit: 1 to 1,000; there may be fewer where the predicate keeps few, also none.
             predicate: Keeps a row; None keeps all.
             tombstones: Whether DELETED sandboxes are among them.
 
@@ -260,6 +268,7 @@ class Machine:
             list(tables.sandboxes.values()),
             list(tables.nodes.values()),
             list(tables.requests.values()),
+            tables.command_version,
         )
 
     @classmethod
@@ -272,7 +281,7 @@ class Machine:
         view = decode_snapshot(chunks)
         machine = cls()
         machine.applied_index = view.index
-        machine._tables = Tables(view.revision, view.now_ms)
+        machine._tables = Tables(view.revision, view.now_ms, view.command_version)
         machine._tables.load(view.sandboxes, view.nodes, view.requests)
         return machine
 
@@ -288,13 +297,11 @@ def _turn(row: SandboxRow) -> tuple[int, int]:
     return -row.spec.priority, row.create_revision
 
 
-def _only(noun: str, reference: str, found: list[str]) -> str:
+def _only(noun: str, reference: str, found: set[str]) -> str:
     """Return the only id among those that a prefix fits."""
-    unique = set(found)
-    if not unique or not reference:
+    if not found or not reference:
         raise NotFoundError(f"no {noun} {reference!r}", field=noun)
-    if len(unique) > 1:
-        raise AmbiguousError(
-            f"{reference!r} is the beginning of more than one {noun}: {len(unique)} fit"
-        )
-    return unique.pop()
+    if len(found) > 1:
+        count = f"{len(found)} fit" if len(found) < _MANY else f"{_MANY} or more fit"
+        raise AmbiguousError(f"{reference!r} is the beginning of more than one {noun}: {count}")
+    return found.pop()

@@ -100,14 +100,43 @@ class Amounts(Struct, frozen=True, array_like=True, gc=False):
 NOTHING: Final = Amounts()
 
 
+class EgressRow(Struct, frozen=True, array_like=True, gc=False):
+    """What a sandbox may reach; as prism.sandbox.v1.EgressRule and EgressName.
+
+    Attributes:
+        target: Addresses as a.b.c.d/n, or a name.
+        protocol: The number of prism.sandbox.v1.TransportProtocol.
+        ports: First and last of each range, in order; empty is all.
+    """
+
+    target: str
+    protocol: int = 0
+    ports: tuple[tuple[int, int], ...] = ()
+
+
+class Egress(Struct, frozen=True, array_like=True, gc=False):
+    """A sandbox's network of mode EGRESS."""
+
+    rules: tuple[EgressRow, ...] = ()
+    names: tuple[EgressRow, ...] = ()
+
+
+#: Among a node's labels, where every version keeps it: whether it takes sandboxes with a network.
+#: Its value is EGRESS_READY, or why not, for people.
+EGRESS_LABEL: Final = "prism/egress"
+EGRESS_READY: Final = "ready"
+
+
 class Spec(Struct, frozen=True, array_like=True, gc=False):
-    """What the user asked for, with defaults filled in by the API. Only labels change.
+    """What the user asked for, with defaults filled in by the API. Labels and limits change.
 
     Attributes:
         ttl_ms: From creation to removal; 0 is none.
         idle_timeout_ms: Without an exec until removal, kept by the agent; 0 is none.
         runtime: Empty is the node's best.
         priority: Higher is placed first.
+        output_bytes_per_second: Of all execs together; 0 is no bound.
+        egress: What it may reach; None is no network.
     """
 
     image: str
@@ -124,6 +153,8 @@ class Spec(Struct, frozen=True, array_like=True, gc=False):
     on_node_loss: OnNodeLoss = OnNodeLoss.LOST
     priority: int = 0
     node_selector: Pairs = ()
+    output_bytes_per_second: int = 0
+    egress: Egress | None = None
 
 
 class PlacementRefusal(Struct, frozen=True, array_like=True, gc=False):
@@ -134,6 +165,8 @@ class PlacementRefusal(Struct, frozen=True, array_like=True, gc=False):
     reason: str
 
 
+#: Reason of a sandbox that runs, and that its node cannot hold to its new limits yet.
+LIMITS_NOT_HELD: Final = "LIMITS_NOT_HELD"
 #: Reason of a sandbox that leaves a node that drains.
 NODE_DRAINED: Final = "NODE_DRAINED"
 

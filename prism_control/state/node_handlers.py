@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from sys import intern
 from typing import Final
 
@@ -13,6 +14,7 @@ from prism_control.state.commands import (
     EvictSandboxes,
     LoseNode,
     MoveSandboxes,
+    RaiseVersion,
     RegisterNode,
     Report,
     ReportSandboxes,
@@ -20,6 +22,7 @@ from prism_control.state.commands import (
     SuspectNode,
 )
 from prism_control.state.model import (
+    LIMITS_NOT_HELD,
     NODE_DRAINED,
     DesiredState,
     NodeRow,
@@ -153,15 +156,7 @@ def drain(tables: Tables, command: DrainNode) -> NodeOk | Refused:
 
 def evict(tables: Tables, command: EvictSandboxes) -> Applied:
     """Move sandboxes off a node that drains, or end them where its deadline has passed."""
-    node = tables.nodes.get(command.node_id)
-    if node is None or not node.drain_ms:
-        return Applied(0, len(command.sandbox_ids))
-    changed = 0
-    for key in command.sandbox_ids:
-        row = tables.sandboxes.get(key)
-        if row is not None and row.node_id == node.id and is_placed(row):
-            changed += _evict(tables, row, over=tables.now_ms >= node.drain_ms)
-    return Applied(changed, len(command.sandbox_ids) - changed)
+    return _clear(tables, command, _evict)
 
 
 def move(tables: Tables, command: MoveSandboxes) -> Applied:
@@ -169,18 +164,37 @@ def move(tables: Tables, command: MoveSandboxes) -> Applied:
 
     The next generation waits until the node says that this one runs no more: never two at once.
     """
+    return _clear(tables, command, _move)
+
+
+def _clear(
+    tables: Tables,
+    command: EvictSandboxes | MoveSandboxes,
+    act: Callable[[Tables, SandboxRow, bool], bool],
+) -> Applied:
+    """Do to each sandbox that is still there what clears its node; `act` says if it was due."""
     node = tables.nodes.get(command.node_id)
     if node is None or not node.drain_ms:
         return Applied(0, len(command.sandbox_ids))
+    over = tables.now_ms >= node.drain_ms
     changed = 0
     for key in command.sandbox_ids:
         row = tables.sandboxes.get(key)
-        if row is not None and row.node_id == node.id and is_placed(row) and not is_moving(row):
-            changed += _move(tables, row, over=tables.now_ms >= node.drain_ms)
+        if row is not None and row.node_id == node.id and is_placed(row):
+            changed += act(tables, row, over)
     return Applied(changed, len(command.sandbox_ids) - changed)
 
 
-def _move(tables: Tables, row: SandboxRow, *, over: bool) -> bool:
+def raise_version(tables: Tables, command: RaiseVersion) -> Applied:
+    """Let commands of a higher version be proposed."""
+    raised = command.version > tables.command_version
+    tables.command_version = max(tables.command_version, command.version)
+    return Applied(0, int(not raised))
+
+
+def _move(tables: Tables, row: SandboxRow, over: bool) -> bool:
+    if is_moving(row):
+        return False
     message = f"its node {row.node_name!r} was drained"
     movable = next_state(row.state, Cause.RESCHEDULE) is not None
     if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE and movable:
@@ -199,7 +213,7 @@ def _move(tables: Tables, row: SandboxRow, *, over: bool) -> bool:
     return True
 
 
-def _evict(tables: Tables, row: SandboxRow, *, over: bool) -> bool:
+def _evict(tables: Tables, row: SandboxRow, over: bool) -> bool:
     message = f"its node {row.node_name!r} was drained"
     if row.spec.on_node_loss is OnNodeLoss.RESCHEDULE:
         state = next_state(row.state, Cause.RESCHEDULE)
@@ -244,7 +258,11 @@ def _report(tables: Tables, node_id: str, report: Report) -> bool:
         return False
     runtime = intern(report.runtime or row.runtime)  # one text for a hundred thousand rows
     if state is row.state and row.acknowledged and runtime == row.runtime:
-        return True  # known
+        # Known; but that it is not held to its limits comes and goes while it runs.
+        if LIMITS_NOT_HELD in (report.reason, row.reason) and _says_else(report, row):
+            message = report.message[:_MESSAGE_LENGTH_MAX]
+            tables.put_sandbox(row, reason=report.reason, message=message)
+        return True
     ended = state in _ENDED
     if is_moving(row) and ended:
         _reschedule(tables, row, SandboxState.PENDING, f"its node {row.node_name!r} was drained")
@@ -266,6 +284,10 @@ def _report(tables: Tables, node_id: str, report: Report) -> bool:
         acknowledged=True,
     )
     return True
+
+
+def _says_else(report: Report, row: SandboxRow) -> bool:
+    return (report.reason, report.message[:_MESSAGE_LENGTH_MAX]) != (row.reason, row.message)
 
 
 def _forgotten(tables: Tables, row: SandboxRow) -> None:

@@ -19,6 +19,7 @@ class RefusalKind(enum.IntEnum):
     WRONG_STATE = 3
     REQUEST_ID_REUSED = 4
     INVALID = 5
+    NO_CAPACITY = 6
 
 
 _ERROR_OF: Final[dict[RefusalKind, type[errors.PrismError]]] = {
@@ -27,6 +28,7 @@ _ERROR_OF: Final[dict[RefusalKind, type[errors.PrismError]]] = {
     RefusalKind.WRONG_STATE: errors.WrongStateError,
     RefusalKind.REQUEST_ID_REUSED: errors.RequestIdReusedError,
     RefusalKind.INVALID: errors.InvalidArgumentError,
+    RefusalKind.NO_CAPACITY: errors.NoCapacityError,
 }
 
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from prism_common.limits import GRACE_S_DEFAULT, LABELS_MAX
+from prism_common.limits import GRACE_S_DEFAULT, LABELS_MAX, MIB
 from prism_control.state.commands import (
     AssignSandboxes,
     CreateSandbox,
@@ -26,6 +26,7 @@ from prism_control.state.model import (
     NodeState,
     SandboxRow,
     SandboxState,
+    Spec,
     is_moving,
     is_placed,
     need_of,
@@ -38,6 +39,17 @@ from prism_control.state.transitions import Cause, next_state
 
 TTL_EXPIRED: Final = "TTL_EXPIRED"
 GRACE_MS_DEFAULT: Final = int(GRACE_S_DEFAULT * 1000)
+#: States in which a sandbox holds all that its limits promise.
+_HOLD_ALL: Final = frozenset(
+    {
+        SandboxState.SCHEDULED,
+        SandboxState.STARTING,
+        SandboxState.READY,
+        SandboxState.PAUSED,
+        SandboxState.STOPPING,
+        SandboxState.STOPPED,
+    }
+)
 
 
 def create(tables: Tables, command: CreateSandbox) -> Ok | Refused:
@@ -107,7 +119,7 @@ def start(tables: Tables, command: StartSandbox) -> Ok | Refused:
 
 
 def update(tables: Tables, command: UpdateSandbox) -> Ok | Refused:
-    """Change labels or the deadline of a sandbox that lives."""
+    """Change labels, the deadline or limits of a sandbox that lives."""
     row = tables.sandbox(command.sandbox)
     if row is None or row.state is SandboxState.DELETED:
         return _not_found(command.sandbox)
@@ -123,10 +135,54 @@ def update(tables: Tables, command: UpdateSandbox) -> Ok | Refused:
             "labels",
         )
     expire_ms = command.expire_ms or row.expire_ms
-    if kept == row.spec.labels and expire_ms == row.expire_ms:
+    spec = replace(row.spec, labels=kept)
+    if command.has_limits:
+        spec = _resized(spec, command)
+        refused = _refuse_limits(tables, row, spec)
+        if refused is not None:
+            return refused
+    if spec == row.spec and expire_ms == row.expire_ms:
         return Ok(row)
-    spec = tables.intern(replace(row.spec, labels=kept))
-    return Ok(tables.put_sandbox(row, spec=spec, expire_ms=expire_ms))
+    return Ok(tables.put_sandbox(row, spec=tables.intern(spec), expire_ms=expire_ms))
+
+
+def _resized(spec: Spec, command: UpdateSandbox) -> Spec:
+    return replace(
+        spec,
+        cpu_millicores=command.cpu_millicores or spec.cpu_millicores,
+        memory_bytes=command.memory_bytes or spec.memory_bytes,
+        disk_bytes=command.disk_bytes or spec.disk_bytes,
+        processes_max=command.processes_max or spec.processes_max,
+    )
+
+
+def _refuse_limits(tables: Tables, row: SandboxRow, spec: Spec) -> Refused | None:
+    """Say why a sandbox cannot have the limits of a spec; None: it can.
+
+    One that waits for a node is what the scheduler decides about just now; one that has ended gave
+    its room back, and takes none again.
+    """
+    node = tables.nodes.get(row.node_id)
+    if row.state not in _HOLD_ALL or node is None:
+        return _wrong_state(row, "given other limits")
+    held, room, old, new = tables.allocated(node.id), node.capacity, row.spec, spec
+    for what, added, used, whole in (
+        ("CPU", new.cpu_millicores - old.cpu_millicores, held.cpu_millicores, room.cpu_millicores),
+        ("memory", new.memory_bytes - old.memory_bytes, held.memory_bytes, room.memory_bytes),
+        ("disk", new.disk_bytes - old.disk_bytes, held.disk_bytes, room.disk_bytes),
+    ):
+        # What is not added is not asked about: a node may have come back with less than it had.
+        if added > 0 and used + added > whole:
+            return Refused(
+                RefusalKind.NO_CAPACITY,
+                f"node {node.name!r} has no room for {_amount(what, added)} more of {what}: "
+                f"{_amount(what, max(0, whole - used))} is free",
+            )
+    return None
+
+
+def _amount(what: str, value: int) -> str:
+    return f"{value}m" if what == "CPU" else f"{value // MIB} MiB"
 
 
 def pause(tables: Tables, command: PauseSandbox) -> Ok | Refused:

@@ -20,11 +20,14 @@ from msgspec import Struct
 from msgspec.structs import force_setattr, replace
 
 from prism_common.errors import PrismError
+from prism_control.state.commands import VERSION, VERSION_UNTOLD
 from prism_control.state.model import NodeRow, PlacementRefusal, SandboxRow, Spec
 from prism_control.state.results import Created, RequestRow
 
-#: Version of the format that this member writes, and the highest that it reads.
-FORMAT: Final = 1
+#: Highest version of the format that this member reads. It writes version 1, with a few fields
+#: more that older members pass over, until the command version is raised: what they do not know may
+#: then be in the rows, and they must not take the state for theirs.
+FORMAT: Final = 2
 #: Bytes after which a frame ends; with one row more it stays below a message's bound.
 _FRAME_BYTES: Final = 256 * 1024
 #: Ids in one frame of explanations.
@@ -50,6 +53,7 @@ class SnapshotView(Struct, frozen=True):
     sandboxes: Sequence[SandboxRow]
     nodes: Sequence[NodeRow]
     requests: Sequence[RequestRow]
+    command_version: int = VERSION_UNTOLD
 
 
 class Header(Struct, frozen=True, array_like=True):
@@ -62,6 +66,7 @@ class Header(Struct, frozen=True, array_like=True):
     sandboxes: int
     nodes: int
     requests: int
+    command_version: int = VERSION_UNTOLD
 
 
 class _Kind(enum.IntEnum):
@@ -92,13 +97,14 @@ def encode_snapshot(view: SnapshotView) -> Iterator[bytes]:
         _Kind.HEADER,
         _encoder.encode(
             Header(
-                FORMAT,
+                FORMAT if view.command_version > VERSION_UNTOLD else 1,
                 view.index,
                 view.revision,
                 view.now_ms,
                 len(view.sandboxes),
                 len(view.nodes),
                 len(view.requests),
+                view.command_version,
             )
         ),
     )
@@ -136,6 +142,11 @@ def _assemble(frames: Iterator[tuple[int, bytes]]) -> SnapshotView:
             f"the snapshot is of format {header.version}; this member reads up to {FORMAT}: "
             "upgrade it"
         )
+    if header.command_version > VERSION:
+        raise SnapshotError(
+            f"the snapshot holds what commands of version {header.command_version} wrote; this "
+            f"member knows up to {VERSION}: upgrade it"
+        )
     sandboxes: list[SandboxRow] = []
     nodes: list[NodeRow] = []
     requests: list[RequestRow] = []
@@ -160,7 +171,15 @@ def _assemble(frames: Iterator[tuple[int, bytes]]) -> SnapshotView:
     if counts != (header.sandboxes, header.nodes, header.requests):
         raise SnapshotError("the snapshot has not the rows that its header promises")
     _share(sandboxes, requests)
-    return SnapshotView(header.index, header.revision, header.now_ms, sandboxes, nodes, requests)
+    return SnapshotView(
+        header.index,
+        header.revision,
+        header.now_ms,
+        sandboxes,
+        nodes,
+        requests,
+        header.command_version,
+    )
 
 
 def _set_explanations_aside(

@@ -14,6 +14,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from prism_control.state.commands import VERSION_UNTOLD
 from prism_control.state.events import (
     Event,
     EventRing,
@@ -30,6 +31,7 @@ from prism_control.state.model import (
     held_by,
     is_placed,
 )
+from prism_control.state.prefixes import PrefixIndex
 from prism_control.state.results import RequestRow
 
 #: Request ids are remembered this long at least, …
@@ -41,6 +43,8 @@ REQUESTS_MAX: Final = 1_000_000
 TOMBSTONE_KEPT_MS: Final = 3600 * 1000
 #: … as long as there are no more than this.
 TOMBSTONES_MAX: Final = 20_000
+#: Rows that one page looks at: some milliseconds, in which nobody else is served.
+PASSED_OVER_MAX: Final = 5000
 #: Specs are mostly equal: each is kept once. Past this many different ones sharing begins anew.
 _SPECS_MAX: Final = 4096
 #: Holes in the list of ids are closed once they are half of it, and more than this.
@@ -50,12 +54,16 @@ _HOLES_MIN: Final = 1024
 class Tables:
     """Rows and indexes. Mutable, and mutated only through `put_…`, `remember` and `compact`."""
 
-    def __init__(self, revision: int = 0, now_ms: int = 0) -> None:
+    def __init__(
+        self, revision: int = 0, now_ms: int = 0, command_version: int = VERSION_UNTOLD
+    ) -> None:
         # Durable: what a snapshot holds.
         #: Number of changes so far; each change takes the next one.
         self.revision = revision
         #: Highest time that a leader has told.
         self.now_ms = now_ms
+        #: Commands up to this version may be proposed; it never goes down.
+        self.command_version = command_version
         #: By id, in order of creation.
         self.sandboxes: dict[str, SandboxRow] = {}
         #: By id.
@@ -66,6 +74,8 @@ class Tables:
         # Derived from the rows.
         #: Id of each sandbox that is not DELETED, by name.
         self.names: dict[str, str] = {}
+        #: Names and ids of sandboxes that are not DELETED, and of some that are.
+        self.prefixes = PrefixIndex()
         #: Ids of PENDING sandboxes.
         self.pending: set[str] = set()
         #: Ids of the sandboxes that have work for a node (`is_placed`).
@@ -100,6 +110,15 @@ class Tables:
             row = None if owner is None else self.sandboxes[owner]
         return row
 
+    def owners(self, key: str) -> set[str]:
+        """Return the ids of sandboxes that are not DELETED and have this name or id."""
+        owner = self.names.get(key)
+        owners = set() if owner is None else {owner}
+        row = self.sandboxes.get(key)
+        if row is not None and row.state is not SandboxState.DELETED:
+            owners.add(key)
+        return owners
+
     def node(self, reference: str) -> NodeRow | None:
         """Return a node by id or exact name."""
         row = self.nodes.get(reference)
@@ -123,12 +142,15 @@ class Tables:
     ) -> tuple[list[SandboxRow], int]:
         """Return up to `limit` rows created after revision `after`, and where the next page begins.
 
-        The cost is that of the rows passed over, not of the table. The second value is 0 on the
-        last page.
+        The cost is that of the rows passed over, not of the table, and bounded: where `keep` keeps
+        few, a page has fewer than `limit`, or none. The second value is 0 on the last page.
         """
         found: list[SandboxRow] = []
         ids = self._order_ids
-        for position in range(bisect_right(self._order_revisions, after), len(ids)):
+        first = bisect_right(self._order_revisions, after)
+        for position in range(first, len(ids)):
+            if position - first == PASSED_OVER_MAX:
+                return found, self._order_revisions[position - 1]
             row = self.sandboxes.get(ids[position])
             if row is None or row.create_revision != self._order_revisions[position]:
                 continue
@@ -162,8 +184,7 @@ class Tables:
         fresh = replace(row, revision=self.revision + 1, **changes)
         self._emit(SandboxChanged(fresh, row))
         self.sandboxes[fresh.id] = fresh
-        self._unindex(row)
-        self._index(fresh)
+        self._reindex(row, fresh)
         if fresh.state is SandboxState.DELETED:
             self.tombstones.append(fresh.id)
         return fresh
@@ -253,28 +274,47 @@ class Tables:
         self.counts[state] += 1
         if state is not SandboxState.DELETED:
             self.names[row.name] = row.id
+            self.prefixes.add(row.name, row.id)
         if state is SandboxState.PENDING:
             self.pending.add(row.id)
         elif is_placed(row):
-            self.by_node.setdefault(row.node_id, set()).add(row.id)
-            held = self.held.setdefault(row.node_id, [0, 0, 0, 0])
-            add(held, held_by(row), 1)
+            self._put_on(row.node_id, row)
 
-    def _unindex(self, row: SandboxRow) -> None:
-        state = row.state
-        self.counts[state] -= 1
-        del self.names[row.name]
-        if state is SandboxState.PENDING:
+    def _reindex(self, row: SandboxRow, fresh: SandboxRow) -> None:
+        """Bring the indexes from a row to what replaces it: most changes touch only the counts."""
+        before, state = row.state, fresh.state
+        self.counts[before] -= 1
+        self.counts[state] += 1
+        if state is SandboxState.DELETED:
+            del self.names[row.name]
+            self.prefixes.remove(2, self.owners)
+        if before is SandboxState.PENDING and state is not SandboxState.PENDING:
             self.pending.remove(row.id)
             if not self.pending:
                 self.pending = set()  # a set keeps the memory of its largest size
-        elif is_placed(row):
-            members = self.by_node[row.node_id]
-            members.remove(row.id)
-            if members:
-                add(self.held[row.node_id], held_by(row), -1)
-            else:
-                del self.by_node[row.node_id], self.held[row.node_id]
+        elif state is SandboxState.PENDING and before is not SandboxState.PENDING:
+            self.pending.add(row.id)
+        was_on = row.node_id if is_placed(row) else ""
+        is_on = fresh.node_id if is_placed(fresh) else ""
+        if was_on != is_on:
+            if was_on:
+                members = self.by_node[was_on]
+                members.remove(row.id)
+                if members:
+                    add(self.held[was_on], held_by(row), -1)
+                else:
+                    del self.by_node[was_on], self.held[was_on]
+            if is_on:
+                self._put_on(is_on, fresh)
+        elif is_on:
+            held, holds = held_by(row), held_by(fresh)
+            if held != holds:
+                add(self.held[is_on], held, -1)
+                add(self.held[is_on], holds, 1)
+
+    def _put_on(self, node_id: str, row: SandboxRow) -> None:
+        self.by_node.setdefault(node_id, set()).add(row.id)
+        add(self.held.setdefault(node_id, [0, 0, 0, 0]), held_by(row), 1)
 
 
 def add(total: list[int], amounts: Amounts, sign: int) -> None:

@@ -28,7 +28,7 @@ class RaftPort:
     receive: Callable[[Sequence[Message]], None]
     meet: Callable[[Member], None]
     part: Callable[[MemberId], None]
-    join: Callable[[Member], Awaitable[None]]
+    join: Callable[[Member, int], Awaitable[None]]
     heard: Callable[[MemberId], None]
     snapshots: SnapshotStore
 
@@ -116,7 +116,7 @@ class RaftServicer(raft_pb2_grpc.RaftServiceServicer):
         member = wire.decode_member(request.member)
         if not member.id or not member.name or not member.raft_address:
             raise InvalidArgumentError("member: needs an id, a name and addresses", field="member")
-        await port.join(member)
+        await port.join(member, request.command_version)
         return raft_pb2.JoinResponse(cluster_id=port.cluster_id)
 
     def _require_port(self) -> RaftPort:

@@ -55,7 +55,9 @@ def encode_message(message: Message) -> raft_pb2.RaftMessage:
         case HeartbeatReply():
             return raft_pb2.RaftMessage(
                 term=term,
-                heartbeat_reply=raft_pb2.HeartbeatReply(read_context=message.read_context),
+                heartbeat_reply=raft_pb2.HeartbeatReply(
+                    read_context=message.read_context, command_version=message.command_version
+                ),
             )
         case VoteRequest():
             return raft_pb2.RaftMessage(
@@ -125,7 +127,10 @@ def decode_message(
             beat = proto.heartbeat
             return Heartbeat(sender, receiver, term, beat.commit, beat.read_context)
         case "heartbeat_reply":
-            return HeartbeatReply(sender, receiver, term, proto.heartbeat_reply.read_context)
+            beaten = proto.heartbeat_reply
+            return HeartbeatReply(
+                sender, receiver, term, beaten.read_context, beaten.command_version
+            )
         case "vote_request":
             vote = proto.vote_request
             return VoteRequest(

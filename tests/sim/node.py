@@ -24,6 +24,7 @@ from tests.sim.state_machine import State
 
 TICK_US = 10_000
 _DISK_FULL_RETRY_US = 20_000
+_ANNOUNCE_COMMIT_US = (1_000, 10_000)
 
 if TYPE_CHECKING:
     from tests.sim.cluster import Cluster
@@ -57,6 +58,7 @@ class Node:
         self._tick_waits = False
         self._turn_is_scheduled = False
         self._is_persisting = False
+        self._announces = False
         self._received: dict[tuple[int, int], Snapshot] = {}
         self._proposed: dict[int, _Proposed] = {}
         self._reads: dict[int, tuple[int, Callable[[], None]]] = {}
@@ -91,7 +93,7 @@ class Node:
         self.state = image.snapshot.state.thaw()
         self._inbox = deque()
         self._tick_waits = self._turn_is_scheduled = self._is_persisting = False
-        self._snapshot_is_saving = False
+        self._snapshot_is_saving = self._announces = False
         self._received = {}
         self._proposed = {}
         self._reads = {}
@@ -283,6 +285,20 @@ class Node:
         if ready.committed:
             core.applied(self.state.index)
             self._cluster.trace("apply", self.id, self.state.index, self.state.digest())
+            self._announce_commit_soon(core)
+
+    def _announce_commit_soon(self, core: Core) -> None:
+        """Tell followers, as the driver does, unless entries carry the commit index before."""
+        if core.replication is None or self._announces:
+            return
+        self._announces = True
+
+        def announce(core: Core) -> None:
+            self._announces = False
+            core.announce_commit()
+
+        delay_us = self._random.randrange(*_ANNOUNCE_COMMIT_US)
+        self._cluster.after(delay_us, self._in_this_life(lambda: self.receive(announce)))
 
     def _serve_reads(self, core: Core, ready: Ready) -> None:
         for context in ready.reads_dropped:

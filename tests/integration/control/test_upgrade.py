@@ -6,12 +6,15 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+import grpc
 import pytest
+from prism.cluster.v1 import cluster_pb2, cluster_pb2_grpc
+from prism.sandbox.v1 import sandbox_pb2
 
 from prism_control.raft.types import Entry, EntryKind
 from prism_control.state import commands
 from prism_control.storage.log import LogStore
-from tests.integration.harness import ROOT, ControlNode, cluster, wait_for
+from tests.integration.harness import ROOT, Cluster, ControlNode, cluster, reason_of, wait_for
 from tests.integration.load import Load
 
 #: The commit of the last release: its code is taken from the history of this repository.
@@ -68,6 +71,26 @@ def snapshots_installed(node: ControlNode) -> int:
     return node.log.count("installing snapshot")
 
 
+def command_version(node: ControlNode) -> int:
+    return node.cluster().command_version
+
+
+def change_leader(made: Cluster, to: ControlNode) -> None:
+    stub = cluster_pb2_grpc.ClusterServiceStub(made.leader().channel)
+    stub.TransferLeadership(cluster_pb2.TransferLeadershipRequest(peer=to.name), timeout=10)
+    wait_for(f"{to.name} leads", lambda: to.leads)
+
+
+def ask_for_what_is_new(node: ControlNode) -> str:
+    """Ask for new limits of a sandbox that there is not; return the reason of the refusal."""
+    request = sandbox_pb2.UpdateSandboxRequest(
+        sandbox="nowhere", limits=sandbox_pb2.Limits(cpu_millicores=100)
+    )
+    with pytest.raises(grpc.RpcError) as refused:
+        node.sandboxes.UpdateSandbox(request, timeout=10)
+    return reason_of(refused.value)[0]
+
+
 def test_members_are_upgraded_one_by_one_while_clients_write(
     tmp_path: Path, last_release: Path
 ) -> None:
@@ -80,6 +103,8 @@ def test_members_are_upgraded_one_by_one_while_clients_write(
             first, second = made.followers()
             leader = made.leader()
             change_code(first, ROOT)
+            # The old leader would not see what is new in it, and say that it is done.
+            assert ask_for_what_is_new(first) == "UPGRADE_NEEDED"
             # The other follower is so far behind that an old leader sends a new member a snapshot.
             behind = leader.metric("prism_raft_last_index")
             assert second.stop() == 0
@@ -91,24 +116,42 @@ def test_members_are_upgraded_one_by_one_while_clients_write(
             installed = snapshots_installed(second)
             second.start().wait_ready()
             wait_for("a snapshot arrives", lambda: snapshots_installed(second) > installed)
-            change_code(leader, ROOT)
-            assert all(is_new(node) for node in made.nodes)
 
             # One goes back, and is sent a snapshot by a new leader; and is upgraded again.
-            back = made.followers()[0]
+            back = first
             assert back.stop() == 0
             use_code(back, last_release)
-            leader = made.leader()
-            behind = leader.metric("prism_raft_last_index")
+            change_leader(made, second)
+            assert command_version(second) == commands.VERSION_UNTOLD
+            assert ask_for_what_is_new(second) == "UPGRADE_NEEDED"
+            behind = second.metric("prism_raft_last_index")
             wait_for(
                 "the leader goes on",
-                lambda: leader.metric("prism_raft_last_index") > behind + 300,
+                lambda: second.metric("prism_raft_last_index") > behind + 300,
             )
             installed = snapshots_installed(back)
             back.start().wait_ready()
             wait_for("a snapshot arrives", lambda: snapshots_installed(back) > installed)
             assert not is_new(back)
             change_code(back, ROOT)
+            change_code(leader, ROOT)
+            assert all(is_new(node) for node in made.nodes)
+            wait_for(
+                "commands of the new version may be proposed",
+                lambda: all(command_version(node) == commands.VERSION for node in made.nodes),
+            )
+            assert ask_for_what_is_new(leader) == "NOT_FOUND"
+
+            # And now none goes back any more: what it would meet, it may not know.
+            assert back.stop() == 0
+            use_code(back, last_release)
+            logged = len(back.log)
+            back.start()
+            assert back.wait() == 1
+            assert "upgrade it" in back.log[logged:]
+            assert "Traceback" not in back.log[logged:]
+            use_code(back, ROOT)
+            back.start().wait_ready()
         for node in made.nodes:
             assert load.lost_and_duplicated(node) == (0, 0)
             assert "Traceback" not in _GRPC_STOPS.sub("", node.log)
@@ -129,6 +172,28 @@ def test_data_of_the_last_release_is_read(tmp_path: Path, last_release: Path) ->
         assert len(node.list_all()) == 51
     finally:
         node.close()
+
+
+def test_a_member_of_the_last_release_may_not_join_what_it_cannot_apply(
+    tmp_path: Path, last_release: Path
+) -> None:
+    node = ControlNode(tmp_path / "n1", "n1", ["--bootstrap"])
+    late = ControlNode(tmp_path / "n2", "n2", [f"--join={node.raft}"])
+    try:
+        node.start().wait_ready()
+        wait_for("the version in use", lambda: command_version(node) == commands.VERSION)
+        use_code(late, last_release)
+        late.start()
+        wait_for("it is refused in words", lambda: "start it with a newer release" in late.log)
+        assert [peer.name for peer in node.cluster().peers] == ["n1"]
+        # The same machine, upgraded.
+        assert late.stop() == 0
+        use_code(late, ROOT)
+        late.start().wait_ready()
+        wait_for("it is a member", lambda: len(node.cluster().peers) == 2)
+    finally:
+        node.close()
+        late.close()
 
 
 def test_a_member_that_meets_an_unknown_version_stops_and_names_it(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ NAMES = (
     "wrong_clock",
     "heal_network",
     "stale_word",
+    "upgrade",
 )
 
 
@@ -132,6 +133,12 @@ class Faults:
     def _stale_word(self) -> None:
         for agent in self._plane.agents:
             agent.hear_again(self._random)
+
+    def _upgrade(self) -> None:
+        member = self._member()
+        if not member.is_new:
+            self._crash(member)
+            member.upgrade()
 
     def _heal_network(self) -> None:
         self._plane.links.heal()

@@ -18,12 +18,20 @@ from prism_control.node.compaction import SnapshotPolicy
 from prism_control.node.driver import Driver
 from prism_control.node.leader import Leadership
 from prism_control.node.replica import Replica
+from prism_control.node.upgrade import VersionGate
 from prism_control.raft.config import CoreConfig
 from prism_control.raft.core import Core
 from prism_control.raft.types import Entry, HardState, Member, Message, SnapshotRequest
 from prism_control.request_queue import BatchingSettings
-from prism_control.state.commands import Command
+from prism_control.state.commands import (
+    VERSION,
+    VERSION_UNTOLD,
+    Command,
+    UnknownCommandError,
+    decode,
+)
 from prism_control.state.events import NodeChanged, SandboxChanged
+from prism_control.state.machine import Machine
 from prism_control.state.model import NodeRow, SandboxRow, SandboxState
 from prism_control.state.results import Result
 from tests.sim.plane.loop import wall_offset_s
@@ -60,10 +68,12 @@ class SimMember:
             interval_ms=random.choice((0, 250)),
         )
         self.wall_offset_s = 0.0
+        #: Of commands: what its release can apply. It is upgraded between two lives.
+        self.version = random.choice((VERSION, VERSION, VERSION_UNTOLD))
         self.has_room = True
         self.life = 0
         self._task: asyncio.Task[None] | None = None
-        self.replica: Replica = _Watched(plane.check_placement)
+        self.replica: Replica = _Watched(plane.check_placement, self.version)
         self.batcher: Batcher | None = None
         self.dispatcher: Dispatcher | None = None
         self.driver: Driver | None = None
@@ -72,6 +82,16 @@ class SimMember:
     def runs(self) -> bool:
         """Whether the process lives."""
         return self._task is not None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its release is the newest."""
+        return self.version == VERSION
+
+    def upgrade(self) -> None:
+        """Have the newest release from the next life on, which is to begin."""
+        self.crash()
+        self.version = VERSION
 
     @property
     def leads(self) -> bool:
@@ -100,12 +120,18 @@ class SimMember:
 
     async def _run(self, life: int) -> None:
         registry = CollectorRegistry()
-        replica = self.replica = _Watched(self._plane.check_placement)
+        replica = self.replica = _Watched(self._plane.check_placement, self.version)
+        gate = VersionGate(lambda: replica.machine, self.version)
         if self.store.snapshot.index:
             replica.restore(self.snapshots.read(self.store.snapshot.index))()
         self.snapshots.prune(self.store.snapshot.index, newer=True)
         core = Core(
-            CoreConfig(self.me.id, ELECTION_TICKS, HEARTBEAT_TICKS),
+            CoreConfig(
+                self.me.id,
+                ELECTION_TICKS,
+                HEARTBEAT_TICKS,
+                command_version=0 if self.version == VERSION_UNTOLD else self.version,
+            ),
             Random(self._random.getrandbits(64)),
             self.store.hard_state,
             self.store.snapshot,
@@ -113,7 +139,11 @@ class SimMember:
         )
         dispatcher = Dispatcher(LeaderMetrics(registry))
         batcher = Batcher(
-            self.batching, BatcherMetrics(registry), lambda: driver.wake(), lambda: self.has_room
+            self.batching,
+            BatcherMetrics(registry),
+            lambda: driver.wake(),
+            lambda: self.has_room,
+            gate.check,
         )
         driver = Driver(
             core,
@@ -124,6 +154,7 @@ class SimMember:
             RaftMetrics(registry),
             self.policy,
         )
+        gate.attach(driver)
         leadership = Leadership(
             CLUSTER_ID,
             self.me,
@@ -133,6 +164,7 @@ class SimMember:
             dispatcher,
             LeaderMetrics(CollectorRegistry()),
             lambda: self.has_room,
+            gate,
         )
         self.driver, self.batcher, self.dispatcher = driver, batcher, dispatcher
         self._plane.watch(self)
@@ -201,14 +233,29 @@ class SimMember:
 
 
 class _Watched(Replica):
-    """Shows each placement that is committed, with its node as of then."""
+    """Shows each placement that is committed, with its node as of then.
 
-    def __init__(self, placed: Callable[[SandboxRow, NodeRow], None]) -> None:
+    Stops, as an older release would, at what that does not know.
+    """
+
+    def __init__(self, placed: Callable[[SandboxRow, NodeRow], None], version: int) -> None:
         super().__init__()
         self._placed = placed
+        self._version = version
+
+    def restore(self, chunks: Iterable[bytes]) -> Callable[[], None]:
+        """Read a snapshot."""
+        machine = Machine.from_snapshot(chunks := list(chunks))
+        self._check_version(machine.command_version)
+        return super().restore(chunks)
+
+    def _check_version(self, version: int) -> None:
+        if version > self._version:
+            raise UnknownCommandError(f"this member knows up to {self._version}", version)
 
     def apply(self, index: int, data: bytes) -> object:
         """Apply one entry."""
+        self._check_version(decode(data).version)
         nodes = {node.id: node for node in self.machine.nodes()}
         revision = self.machine.revision
         results = super().apply(index, data)

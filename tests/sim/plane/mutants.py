@@ -14,6 +14,7 @@ from prism_common.errors import PrismError
 from prism_control.batcher import Batcher, EntryBatch
 from prism_control.node.driver import Driver
 from prism_control.node.replica import Replica
+from prism_control.node.upgrade import VersionGate
 from prism_control.scheduler.core import Scheduler
 from prism_control.scheduler.drains import Drains
 from prism_control.scheduler.liveness import Liveness
@@ -141,6 +142,20 @@ def _overtaken_start_keeps_its_count(original: Any) -> Callable[..., Any]:
     return converge_stopped
 
 
+def _new_commands_are_not_held_back(original: Any) -> Callable[..., Any]:
+    def may(self: VersionGate, command: Any) -> bool:
+        return True
+
+    return may
+
+
+def _version_is_raised_by_who_was_heard(original: Any) -> Callable[..., Any]:
+    def others(self: VersionGate) -> dict[str, int | None]:
+        return {name: told for name, told in original(self).items() if told}
+
+    return others
+
+
 def _mutant(
     title: str, seeds_max: int, owner: type, name: str, make: Callable[[Any], Callable[..., Any]]
 ) -> Mutant:
@@ -180,5 +195,15 @@ PLANE_MUTANTS = (
         Reconciler,
         "_converge_stopped",
         _overtaken_start_keeps_its_count,
+    ),
+    _mutant(
+        "new commands are not held back", 50, VersionGate, "may", _new_commands_are_not_held_back
+    ),
+    _mutant(
+        "version is raised by who was heard",
+        20,
+        VersionGate,
+        "_others",
+        _version_is_raised_by_who_was_heard,
     ),
 )

@@ -12,6 +12,7 @@ from unittest import mock
 from prism_control.raft.configuration import bootstrap
 from prism_control.raft.types import Configuration, Member, MemberId
 from prism_control.scheduler.liveness import Liveness, LivenessConfig
+from prism_control.state.commands import VERSION
 from prism_control.state.machine import Machine
 from prism_control.state.model import NodeRow, NodeState, SandboxRow, SandboxState, is_placed
 from prism_control.state.snapshot import encode_snapshot
@@ -184,6 +185,8 @@ class Plane:
         self.links.heal()
         for member in self.members:
             member.has_room = True
+            if not member.is_new:
+                member.upgrade()
             if not member.runs:
                 member.start()
         for agent in self.agents:
@@ -293,7 +296,9 @@ class Plane:
             for sandbox_id, generation in agent.processes
         }
         return wanted == found and all(
-            member.replica.machine.applied_index == machine.applied_index for member in self.members
+            member.replica.machine.command_version == VERSION
+            and member.replica.machine.applied_index == machine.applied_index
+            for member in self.members
         )
 
     def _check_end(self) -> None:

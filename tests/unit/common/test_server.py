@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prism.cluster.v1 import cluster_pb2, cluster_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from prism_common import channels
+from prism_common import caller, channels
 from prism_common.addresses import Address
 from prism_common.admission import Admission
 from prism_common.errors import NoLeaderError, StartupError, WrongStateError
@@ -30,10 +30,13 @@ class Servicer(cluster_pb2_grpc.ClusterServiceServicer):
         self.error: BaseException | None = None
         self.entered = asyncio.Event()
         self.left = asyncio.Event()
+        #: Of each call.
+        self.clients: list[str] = []
 
     async def GetCluster(
         self, request: cluster_pb2.GetClusterRequest, context: Context
     ) -> cluster_pb2.Cluster:
+        self.clients.append(caller.client.get())
         if self.error is not None:
             raise self.error
         return cluster_pb2.Cluster(id="c")
@@ -101,6 +104,17 @@ async def test_a_good_call_is_counted(port: Port) -> None:
     await port.counted("GetCluster", "OK")
     labels = {"grpc_service": SERVICE, "grpc_method": "GetCluster"}
     assert port.registry.get_sample_value("grpc_server_handling_seconds_count", labels) == 1
+
+
+async def test_what_serves_a_call_knows_whose_it_is(port: Port) -> None:
+    request = cluster_pb2.GetClusterRequest()
+    for metadata in ((), ((caller.ORIGIN, "ipv4:10.0.0.1:5"),), ((caller.ORIGIN, "x" * 500),)):
+        await port.stub.GetCluster(request, timeout=5, metadata=metadata)
+    own, forwarded, long = port.servicer.clients
+    assert own.startswith("ipv4:127.0.0.1:")
+    assert forwarded == "ipv4:10.0.0.1:5"
+    assert long == "x" * 128
+    assert caller.client.get() == ""  # nobody's outside of calls
 
 
 async def test_an_expected_failure_keeps_its_details(port: Port) -> None:

@@ -1,12 +1,14 @@
 """From requests to entries: when they share one, and that each caller gets its own answer."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from prism_common import caller
 from prism_common.errors import (
     DiskFullError,
     NotLeaderError,
@@ -17,6 +19,7 @@ from prism_common.errors import (
 from prism_control import batcher as batcher_module
 from prism_control.batcher import Batcher, EntryBatch
 from prism_control.metrics import BatcherMetrics
+from prism_control.node.upgrade import VersionGate
 from prism_control.request_queue import BatchingSettings
 from prism_control.state import commands
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox, StopSandbox
@@ -47,7 +50,11 @@ class Bench:
         self.room = True
         self.machine = Machine()
         self.batcher = Batcher(
-            settings, BatcherMetrics(self.registry), self._wake, lambda: self.room
+            settings,
+            BatcherMetrics(self.registry),
+            self._wake,
+            lambda: self.room,
+            VersionGate(lambda: self.machine).check,
         )
 
     def _wake(self) -> None:
@@ -82,6 +89,15 @@ def names(batches: Sequence[EntryBatch]) -> list[list[str]]:
         [getattr(item, "name", None) or item.sandbox for item in commands.decode(b.data).items]  # type: ignore[union-attr]
         for b in batches
     ]
+
+
+@contextmanager
+def as_client(name: str) -> Iterator[None]:
+    token = caller.client.set(name)
+    try:
+        yield
+    finally:
+        caller.client.reset(token)
 
 
 async def settle() -> None:
@@ -153,11 +169,20 @@ async def test_a_batch_is_bounded_in_items_and_bytes(clock: Clock) -> None:
     for number in range(2500):
         bench.submit(create(f"s{number}"))
     await settle()
-    assert [len(batch) for batch in names(bench.batcher.take())] == [1000, 1000, 500]
+    first = bench.batcher.take()
+    assert [len(batch) for batch in names(first)] == [1000, 1000]
+    assert bench.batcher.take() == []  # until some of them are answered
+    wakes = bench.wakes
+    clock.now += 0.05
+    bench.commit(first)
+    assert bench.wakes > wakes
+    last = bench.batcher.take()
+    assert [len(batch) for batch in names(last)] == [500]
+    bench.commit(last)
     for number in range(30):
         bench.submit(create(f"t{number}"), 100_000)
     await settle()
-    clock.now += 0.02
+    clock.now += 0.04
     sizes = [len(batch) for batch in names(bench.batcher.take())]
     assert sum(sizes) == 30
     assert max(sizes) <= 11
@@ -398,7 +423,7 @@ async def test_what_waits_for_company_rides_along_with_what_is_due(clock: Clock)
     stop = bench.submit(StopSandbox("", b"f", "s1", 0))
     await settle()
     assert bench.batcher.take() == []
-    clock.now += 0.005
+    clock.now += 0.03
     batches = bench.batcher.take()
     assert sorted(len(batch) for batch in names(batches)) == [1, 20]
     bench.commit(batches)
@@ -456,3 +481,65 @@ async def test_a_group_whose_caller_has_gone_is_not_proposed(clock: Clock) -> No
     await settle()
     clock.now += 0.02
     assert bench.batcher.take() == []
+
+
+async def test_a_client_with_much_waiting_delays_another_by_a_batch_at_most(clock: Clock) -> None:
+    bench = Bench(BatchingSettings())
+    with as_client("many"):
+        many = [bench.submit(create(f"m{number}")) for number in range(10_000)]
+    with as_client("one"):
+        one = bench.submit(create("lone"))
+    await settle()
+    first = bench.batcher.take()
+    assert "lone" in names(first)[0]
+    bench.commit(first)
+    assert isinstance(await one, Ok)
+    while batches := bench.batcher.take():
+        bench.commit(batches)
+        clock.now += 0.05
+    await asyncio.gather(*many)
+
+
+async def test_a_full_queue_makes_room_for_who_has_less_waiting(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(create_queue_size=4))
+    with as_client("many"):
+        many = [bench.submit(create(f"m{number}", f"r{number}")) for number in range(5)]
+    await settle()
+    assert isinstance(many[4].exception(), QueueFullError)  # its own are the most
+    with as_client("one"):
+        one = bench.submit(create("lone"))
+    await settle()
+    assert isinstance(many[3].exception(), QueueFullError)
+    assert not one.done()
+    with as_client("many"):
+        again = bench.submit(create("m3", "r3"))  # what was refused may come again
+    await settle()
+    assert isinstance(again.exception(), QueueFullError)
+    assert bench.registry.get_sample_value("prism_batcher_rejected_total", {"op": "create"}) == 3
+    while batches := bench.batcher.take():
+        bench.commit(batches)
+        clock.now += 0.05
+    assert isinstance(await one, Ok)
+    assert all(isinstance(result, Ok) for result in await asyncio.gather(*many[:3]))
+
+
+async def test_a_clients_delete_waits_for_its_creates_and_not_for_those_of_others(
+    clock: Clock,
+) -> None:
+    bench = Bench(BatchingSettings())
+    with as_client("many"):
+        tasks = [bench.submit(create(f"m{number}")) for number in range(2500)]
+        tasks.append(bench.submit(DeleteSandbox("", b"", "m2499")))
+    with as_client("one"):
+        tasks.append(bench.submit(DeleteSandbox("", b"", "gone")))
+    await settle()
+    first = bench.batcher.take()
+    assert names(first)[-1] == ["gone"]
+    assert bench.batcher.take() == []
+    clock.now += 0.05
+    bench.commit(first)
+    second = bench.batcher.take()
+    assert names(second)[-1] == ["m2499"]
+    bench.commit(second)
+    results = await asyncio.gather(*tasks)
+    assert [isinstance(result, Ok) for result in results[-2:]] == [True, False]

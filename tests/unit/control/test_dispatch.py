@@ -11,7 +11,8 @@ from prism.agent.v1 import agent_pb2, agent_pb2_grpc
 from prism.node.v1 import node_pb2
 from prometheus_client import CollectorRegistry
 
-from prism_common import channels
+from prism_agent.registration import registration_messages
+from prism_common import channels, limits
 from prism_common.addresses import Address
 from prism_common.errors import (
     InvalidArgumentError,
@@ -26,11 +27,12 @@ from prism_common.status import from_rpc_error
 from prism_control.api.gateway import GatewayServicer
 from prism_control.dispatch import Dispatcher, Office
 from prism_control.metrics import LeaderMetrics
+from prism_control.rows import amounts_of, runtime_of
 from prism_control.scheduler.liveness import Liveness
 from prism_control.state import commands
 from prism_control.state.commands import Command, Placement
 from prism_control.state.machine import Machine
-from prism_control.state.model import NodeState, SandboxState
+from prism_control.state.model import NodeState, ObservedState, SandboxState
 from prism_control.state.results import Result
 from tests.unit.state.builders import create
 
@@ -104,6 +106,19 @@ def register(term: int = 0, incarnation: str = "i1", *has: str) -> agent_pb2.Reg
             for key in has
         ],
     )
+
+
+def node_of(message: agent_pb2.Register) -> commands.RegisterNode:
+    return commands.RegisterNode(
+        message.node_id, message.name, message.incarnation, message.address,
+        amounts_of(message.capacity), tuple(map(runtime_of, message.runtimes)), (),
+        message.version, 15_000, 5_000,
+    )  # fmt: skip
+
+
+def report_ready(sandbox_id: str) -> commands.ReportSandboxes:
+    seen = commands.Report(sandbox_id, 1, ObservedState.READY, runtime="fake")
+    return commands.ReportSandboxes("node-1", "i1", (seen,))
 
 
 class Agent:
@@ -420,6 +435,53 @@ async def test_a_registration_is_checked(
     change(message)
     failure = await _refused(gateway[1], agent_pb2.SessionRequest(register=message))
     assert (failure.code, failure.field) == ("INVALID_ARGUMENT", field)
+
+
+async def test_very_many_sandboxes_are_registered_in_parts(
+    control: Control, gateway: tuple[View, Any]
+) -> None:
+    control.run(node_of(register()))
+    for key in ("first", "last", "gone"):
+        control.place(key)
+        control.run(report_ready(key))
+    many = [f"sb-{number:026}" for number in range(90_000)]
+    messages = registration_messages(register(0, "i2", "first", *many, "last"))
+    assert len(messages) > 3
+    assert max(message.ByteSize() for message in messages) < limits.MESSAGE_BYTES_MAX
+    call = gateway[1].Session()
+    for message in messages:
+        await call.write(message)
+    assert (await call.read()).HasField("welcome")
+    call.cancel()
+    states = {key: control.machine.sandbox(key).state for key in ("first", "last", "gone")}  # type: ignore[union-attr]
+    assert states == {
+        "first": SandboxState.READY, "last": SandboxState.READY, "gone": SandboxState.LOST
+    }  # fmt: skip
+    registered = control.submitted[-1]
+    assert isinstance(registered, commands.RegisterNode)
+    assert len(registered.reports) == 90_002
+
+
+async def test_few_sandboxes_are_registered_in_one_message_as_ever() -> None:
+    message = register(0, "i1", *(f"sb-{number:026}" for number in range(1000)))
+    (only,) = registration_messages(message)
+    assert only.register == message
+
+
+async def test_a_registration_is_bounded(
+    gateway: tuple[View, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prism_control.api.gateway._REGISTER_BYTES_MAX", 1000)
+    part = agent_pb2.RegisterPart(sandboxes=register(0, "i1", *map(str, range(200))).sandboxes)
+    failure = await _refused(gateway[1], agent_pb2.SessionRequest(register_part=part))
+    assert (failure.code, failure.field) == ("INVALID_ARGUMENT", "register.sandboxes")
+
+
+async def test_a_follower_refuses_at_the_first_part(gateway: tuple[View, Any]) -> None:
+    view, stub = gateway
+    view.leads = False
+    part = agent_pb2.SessionRequest(register_part=agent_pb2.RegisterPart())
+    assert (await _refused(stub, part)).code == "NOT_LEADER"
 
 
 async def test_a_session_begins_with_a_registration(gateway: tuple[View, Any]) -> None:

@@ -92,7 +92,7 @@ class Node:
         )  # fmt: skip
         self.batcher = Batcher(
             BatchingSettings(enabled=False), BatcherMetrics(registry),
-            lambda: self.driver.wake(), lambda: True,
+            lambda: self.driver.wake(), lambda: True, lambda _: None,
         )  # fmt: skip
         self.driver = Driver(
             self.core, self.store, self.snapshots, self.replica, self.batcher,

@@ -9,6 +9,7 @@ import pytest
 from prism.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 from prometheus_client import CollectorRegistry
 
+from prism_common import caller
 from prism_common.addresses import Address
 from prism_common.channels import ChannelPool
 from prism_common.errors import (
@@ -20,11 +21,13 @@ from prism_common.errors import (
     OutcomeUnknownError,
     PrismError,
     QueueFullError,
+    UpgradeNeededError,
 )
 from prism_common.server import CallMetrics, RpcServer
 from prism_common.signal import Signal
 from prism_control.api import forward
 from prism_control.api.forward import FORWARDED, Forwarder
+from prism_control.state.commands import VERSION
 
 METHOD = "/prism.sandbox.v1.SandboxService/CreateSandbox"
 Answer = Callable[[], Awaitable[sandbox_pb2.Sandbox]]
@@ -62,6 +65,8 @@ class Leader(sandbox_pb2_grpc.SandboxServiceServicer):
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, bool, float | None]] = []
+        #: Whose each call is.
+        self.clients: list[str] = []
         self.answers: list[Answer] = []
         self.address = ""
         self.reached = asyncio.Event()
@@ -73,6 +78,7 @@ class Leader(sandbox_pb2_grpc.SandboxServiceServicer):
     ) -> sandbox_pb2.Sandbox:
         marked = any(key == FORWARDED for key, _ in context.invocation_metadata() or ())
         self.asked.append((request.request_id, marked, context.time_remaining()))
+        self.clients.append(caller.client.get())
         self.reached.set()
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return await answer()
@@ -98,10 +104,12 @@ class Bench:
     def __init__(self) -> None:
         self.view = View()
         self.pool = ChannelPool()
-        self.forwarder = Forwarder(self.view, self.pool)
+        self.forwarder = Forwarder(self.view, self.pool, lambda: self.command_version)
         self.servers: list[RpcServer] = []
         self.here: list[Answer] = [self.local_yes]
         self.local_calls = 0
+        self.command_version = VERSION
+        self.needs = VERSION
 
     async def local_yes(self) -> sandbox_pb2.Sandbox:
         return sandbox_pb2.Sandbox(id="here")
@@ -126,7 +134,9 @@ class Bench:
 
         context: Any = FakeContext(timeout_s, forwarded)
         request = sandbox_pb2.CreateSandboxRequest(request_id="r1")
-        answer = await self.forwarder.call(METHOD, request, sandbox_pb2.Sandbox, context, local)
+        answer = await self.forwarder.call(
+            METHOD, request, sandbox_pb2.Sandbox, context, local, lambda: self.needs
+        )
         return str(answer.id)
 
     def start(self, timeout_s: float | None = 5.0) -> asyncio.Task[str]:
@@ -158,6 +168,30 @@ async def test_others_forward_with_the_deadline_and_a_mark(bench: Bench) -> None
     assert (request_id, marked) == ("r1", True)
     assert left_s is not None
     assert 2.0 < left_s <= 3.05  # deadlines travel rounded
+
+
+async def test_the_leader_knows_whose_a_forwarded_call_is(
+    bench: Bench,
+) -> None:
+    leader = await bench.leader()
+    bench.view.become(leader=leader.address)
+    token = caller.client.set("ipv4:10.0.0.1:5")
+    try:
+        assert await bench.call() == "remote"
+    finally:
+        caller.client.reset(token)
+    assert leader.clients == ["ipv4:10.0.0.1:5"]
+
+
+async def test_what_an_old_leader_would_not_know_is_not_forwarded(bench: Bench) -> None:
+    leader = await bench.leader()
+    bench.view.become(leader=leader.address)
+    bench.command_version, bench.needs = 2, 3
+    with pytest.raises(UpgradeNeededError, match=r"version 3.*uses version 2"):
+        await bench.call()
+    assert leader.asked == []
+    bench.needs = 2
+    assert await bench.call() == "remote"
 
 
 async def test_a_call_without_a_deadline_gets_one(bench: Bench) -> None:

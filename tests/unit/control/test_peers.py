@@ -53,7 +53,7 @@ class Peer:
         self.received.extend(messages)
 
     async def start(self) -> None:
-        async def join(member: Member) -> None:
+        async def join(member: Member, command_version: int) -> None:
             raise AssertionError
 
         servicer = RaftServicer(

@@ -68,7 +68,7 @@ def hello(cluster_id: str = "cl", receiver: int = 2) -> raft_pb2.Hello:
 async def receiver(tmp_path: Path) -> AsyncIterator[Receiver]:
     made = Receiver(SnapshotStore(tmp_path / "receiver"))
 
-    async def join(member: Member) -> None:
+    async def join(member: Member, command_version: int) -> None:
         raise AssertionError
 
     servicer = RaftServicer(

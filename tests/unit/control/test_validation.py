@@ -45,6 +45,8 @@ def seconds(value: int, nanos: int = 0) -> duration_pb2.Duration:
         (limit(processes_max=limits.PROCESSES_MAX + 1), "spec.limits.processes_max"),
         (limit(open_files_max=15), "spec.limits.open_files_max"),
         (limit(open_files_max=-5), "spec.limits.open_files_max"),
+        (limit(output_bytes_per_second=1023), "spec.limits.output_bytes_per_second"),
+        (limit(output_bytes_per_second=2**35), "spec.limits.output_bytes_per_second"),
         (Spec(env={"A=B": "x"}), "spec.env"),
         (Spec(env={"A": "\0"}), "spec.env"),
         (Spec(env={"A": "x" * limits.ENV_BYTES_MAX}), "spec.env"),
@@ -88,6 +90,7 @@ def test_what_is_left_out_gets_its_default() -> None:
             disk_bytes=limits.DISK_BYTES_MAX,
             processes_max=limits.PROCESSES_MAX,
             open_files_max=limits.OPEN_FILES_MAX,
+            output_bytes_per_second=limits.OUTPUT_BYTES_PER_SECOND_MAX,
         ),
         limit(cpu_millicores=1, memory_bytes=limits.MEMORY_BYTES_MIN,
               disk_bytes=limits.DISK_BYTES_MIN, processes_max=2, open_files_max=16),
@@ -191,3 +194,19 @@ def test_any_other_token_is_refused_by_its_field(decode: Callable[[str], Any], t
 def test_no_token_is_the_beginning() -> None:
     assert sandboxes._decode_token("") == 0
     assert nodes._decode_token("") == ""
+
+
+def test_new_limits_are_within_the_ranges_of_a_create() -> None:
+    asked = sandbox_pb2.Limits(cpu_millicores=700, processes_max=2)
+    assert validation.new_limits(asked) == {
+        "cpu_millicores": 700, "memory_bytes": 0, "disk_bytes": 0, "processes_max": 2,
+    }  # fmt: skip
+    for wrong in (
+        sandbox_pb2.Limits(memory_bytes=1),
+        sandbox_pb2.Limits(cpu_millicores=-1),
+        sandbox_pb2.Limits(processes_max=1),
+        sandbox_pb2.Limits(open_files_max=100),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            validation.new_limits(wrong)
+        assert caught.value.field.startswith("limits.")

@@ -27,7 +27,7 @@ MESSAGES = st.one_of(
     st.builds(types.AppendRequest, *HEAD, U64, U64, st.lists(ENTRIES, max_size=4).map(tuple), U64),
     st.builds(types.AppendReply, *HEAD, st.booleans(), U64, U64, U64),
     st.builds(types.Heartbeat, *HEAD, U64, U64),
-    st.builds(types.HeartbeatReply, *HEAD, U64),
+    st.builds(types.HeartbeatReply, *HEAD, U64, st.integers(0, 2**32 - 1)),
     st.builds(types.ReadIndexRequest, *HEAD, U64),
     st.builds(types.ReadIndexReply, *HEAD, U64, U64),
     st.builds(types.TimeoutNow, *HEAD),

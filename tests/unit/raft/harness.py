@@ -126,7 +126,8 @@ class Group:
         )
 
     def pump(self) -> None:
-        """Move messages until there are none."""
+        """Move messages until there are none, and all have been told what is committed."""
+        announced = False
         while True:
             messages: list[Message] = []
             for member, core in self.cores.items():
@@ -135,7 +136,11 @@ class Group:
                     self.applied[member] += ready.committed
                     messages += [*ready.messages_now, *ready.messages_after_persist]
             if not messages:
-                return
+                if announced:
+                    return
+                announced = True
+                for core in self.cores.values():
+                    core.announce_commit()
             for message in messages:
                 if not self.cut & {message.sender, message.receiver} and self.passes(message):
                     self.cores[message.receiver].step(message)

@@ -141,6 +141,9 @@ def check(machine: Machine) -> None:
         assert machine.sandbox(row.id) is row
         named = machine.sandbox(row.name)
         assert named is row or (named is not None and named.id == row.name)
+        keys = set(machine._tables.prefixes.beginning_with(row.name[:-1]))
+        assert row.name in keys
+    machine._tables.prefixes.check()
     for state in SandboxState:
         assert machine.counts[state] == sum(row.state is state for row in rows)
     assert [row.create_revision for row in rows] == sorted(row.create_revision for row in rows)

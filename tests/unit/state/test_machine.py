@@ -489,6 +489,18 @@ def test_pages_come_in_order_of_creation_and_end(driver):
     assert len(driver.machine.list_page(0, 9, tombstones=True)[0]) == 7
 
 
+def test_a_page_looks_at_a_bounded_number_of_rows(driver, monkeypatch):
+    monkeypatch.setattr(tables, "PASSED_OVER_MAX", 4)
+    driver.run(*(create(f"s{k}", labels=(("k", str(k)),)) for k in range(10)))
+    pages, after = [], 0
+    while not pages or after:
+        rows, after = driver.machine.list_page(
+            after, 3, lambda row: dict(row.spec.labels)["k"] in "079"
+        )
+        pages.append([row.id for row in rows])
+    assert pages == [["s0"], ["s7"], ["s9"]]
+
+
 def test_pages_survive_the_sweep_of_what_was_deleted(driver, monkeypatch):
     monkeypatch.setattr(tables, "TOMBSTONES_MAX", 0)
     monkeypatch.setattr(tables, "_HOLES_MIN", 4)

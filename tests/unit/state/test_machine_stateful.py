@@ -55,6 +55,14 @@ COMMANDS = st.one_of(
     st.builds(c.StopSandbox, REQUESTS, FINGERPRINTS, REFERENCES),
     st.builds(c.StartSandbox, REQUESTS, FINGERPRINTS, REFERENCES),
     st.builds(
+        c.UpdateSandbox,
+        REQUESTS,
+        FINGERPRINTS,
+        REFERENCES,
+        cpu_millicores=st.sampled_from([0, 100, 500, 3000]),
+        memory_bytes=st.sampled_from([0, 2**24, 2**30]),
+    ),
+    st.builds(
         c.AssignSandboxes,
         st.lists(st.builds(c.Placement, IDS, st.integers(1, 3), NODES), max_size=4).map(tuple),
         st.lists(

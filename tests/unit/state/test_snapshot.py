@@ -102,8 +102,10 @@ def frame(kind: int, body: bytes) -> bytes:
     return struct.pack(">BI", kind, len(body)) + body
 
 
-def header(version: int = 1, sandboxes: int = 0) -> bytes:
-    return frame(1, msgspec.msgpack.encode([version, 1, 1, 1, sandboxes, 0, 0]))
+def header(version: int = 1, sandboxes: int = 0, command_version: int = 2) -> bytes:
+    return frame(
+        1, msgspec.msgpack.encode([version, 1, 1, 1, sandboxes, 0, 0, command_version, "later"])
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,8 @@ def header(version: int = 1, sandboxes: int = 0) -> bytes:
     [
         (b"", "begin with its header"),
         (frame(6, b""), "begin with its header"),
-        (header(2) + frame(6, b""), "upgrade it"),
+        (header(3) + frame(6, b""), "of format 3.*upgrade it"),
+        (header(2, command_version=99) + frame(6, b""), "commands of version 99.*upgrade it"),
         (header(), "its end is missing"),
         (header(sandboxes=1) + frame(6, b""), "header promises"),
         (header() + frame(99, b""), "unknown kind 99"),

@@ -125,7 +125,7 @@ class Assignment(_message.Message):
     """Counts starts within a generation: RUNNING with a higher number starts a stopped sandbox again."""
     @_builtins.property
     def spec(self) -> _sandbox_pb2.SandboxSpec:
-        """What to make; absent where desired is not RUNNING."""
+        """What to make, and to hold it to; absent where desired is neither RUNNING nor PAUSED."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
@@ -243,6 +243,7 @@ class Register(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
     SANDBOXES_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Kept in the agent's data directory."""
     name: _builtins.str
@@ -271,6 +272,10 @@ class Register(_message.Message):
     def sandboxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SandboxReport]:
         """All sandboxes that it has."""
 
+    @_builtins.property
+    def egress(self) -> _node_pb2.EgressStatus:
+        """Whether its sandboxes can have a network."""
+
     def __init__(
         self,
         *,
@@ -284,14 +289,39 @@ class Register(_message.Message):
         version: _builtins.str = ...,
         term: _builtins.int = ...,
         sandboxes: _abc.Iterable[Global___SandboxReport] | None = ...,
+        egress: _node_pb2.EgressStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "egress", b"egress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "incarnation", b"incarnation", "labels", b"labels", "name", b"name", "node_id", b"node_id", "runtimes", b"runtimes", "sandboxes", b"sandboxes", "term", b"term", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "egress", b"egress", "incarnation", b"incarnation", "labels", b"labels", "name", b"name", "node_id", b"node_id", "runtimes", b"runtimes", "sandboxes", b"sandboxes", "term", b"term", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Register: _TypeAlias = Register  # noqa: Y015
+
+@_typing.final
+class RegisterPart(_message.Message):
+    """Some of the sandboxes of a registration that would not fit into one message."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sandboxes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SandboxReport]:
+        """As in Register: these, those of the other parts, and Register's own are all that it has."""
+
+    def __init__(
+        self,
+        *,
+        sandboxes: _abc.Iterable[Global___SandboxReport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sandboxes", b"sandboxes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegisterPart: _TypeAlias = RegisterPart  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
@@ -364,9 +394,10 @@ class SessionRequest(_message.Message):
     REGISTER_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     REPORTS_FIELD_NUMBER: _builtins.int
+    REGISTER_PART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
-        """First, and only once."""
+        """First but for its parts, and only once."""
 
     @_builtins.property
     def heartbeat(self) -> Global___Heartbeat:
@@ -376,18 +407,23 @@ class SessionRequest(_message.Message):
     def reports(self) -> Global___ReportBatch:
         """As things happen."""
 
+    @_builtins.property
+    def register_part(self) -> Global___RegisterPart:
+        """Before `register`, any number."""
+
     def __init__(
         self,
         *,
         register: Global___Register | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         reports: Global___ReportBatch | None = ...,
+        register_part: Global___RegisterPart | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "register", b"register", "reports", b"reports", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "register", b"register", "register_part", b"register_part", "reports", b"reports", "request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "register", b"register", "reports", b"reports", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "register", b"register", "register_part", b"register_part", "reports", b"reports", "request", b"request"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["register", "heartbeat", "reports"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["register", "heartbeat", "reports", "register_part"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 

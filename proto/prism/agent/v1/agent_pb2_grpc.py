@@ -150,6 +150,11 @@ class AgentServiceStub(object):
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsRequest.SerializeToString,
                 response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsResponse.FromString,
                 _registered_method=True)
+        self.ForwardPort = channel.stream_stream(
+                '/prism.agent.v1.AgentService/ForwardPort',
+                request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortRequest.SerializeToString,
+                response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortResponse.FromString,
+                _registered_method=True)
         self.ReadFile = channel.unary_stream(
                 '/prism.agent.v1.AgentService/ReadFile',
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ReadFileRequest.SerializeToString,
@@ -184,6 +189,16 @@ class AgentServiceStub(object):
                 '/prism.agent.v1.AgentService/RemoveFile',
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.RemoveFileRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.MakeLink = channel.unary_unary(
+                '/prism.agent.v1.AgentService/MakeLink',
+                request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MakeLinkRequest.SerializeToString,
+                response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.FileInfo.FromString,
+                _registered_method=True)
+        self.MeasureSandboxes = channel.unary_unary(
+                '/prism.agent.v1.AgentService/MeasureSandboxes',
+                request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesRequest.SerializeToString,
+                response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesResponse.FromString,
                 _registered_method=True)
 
 
@@ -228,6 +243,13 @@ class AgentServiceServicer(object):
 
     def StreamLogs(self, request, context):
         """See SandboxService.StreamLogs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForwardPort(self, request_iterator, context):
+        """See SandboxService.ForwardPort.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -282,6 +304,20 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MakeLink(self, request, context):
+        """See SandboxService.MakeLink.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MeasureSandboxes(self, request, context):
+        """See SandboxService.MeasureSandboxes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -314,6 +350,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.StreamLogs,
                     request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsRequest.FromString,
                     response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsResponse.SerializeToString,
+            ),
+            'ForwardPort': grpc.stream_stream_rpc_method_handler(
+                    servicer.ForwardPort,
+                    request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortRequest.FromString,
+                    response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortResponse.SerializeToString,
             ),
             'ReadFile': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadFile,
@@ -349,6 +390,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.RemoveFile,
                     request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.RemoveFileRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'MakeLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.MakeLink,
+                    request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MakeLinkRequest.FromString,
+                    response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.FileInfo.SerializeToString,
+            ),
+            'MeasureSandboxes': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureSandboxes,
+                    request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesRequest.FromString,
+                    response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -514,6 +565,33 @@ class AgentService(object):
             '/prism.agent.v1.AgentService/StreamLogs',
             prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsRequest.SerializeToString,
             prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForwardPort(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/prism.agent.v1.AgentService/ForwardPort',
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortRequest.SerializeToString,
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -703,6 +781,60 @@ class AgentService(object):
             '/prism.agent.v1.AgentService/RemoveFile',
             prism_dot_sandbox_dot_v1_dot_sandbox__pb2.RemoveFileRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prism.agent.v1.AgentService/MakeLink',
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MakeLinkRequest.SerializeToString,
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.FileInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureSandboxes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prism.agent.v1.AgentService/MeasureSandboxes',
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesRequest.SerializeToString,
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesResponse.FromString,
             options,
             channel_credentials,
             insecure,

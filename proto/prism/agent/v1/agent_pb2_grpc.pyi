@@ -93,6 +93,8 @@ class AgentServiceStub:
     """See SandboxService.SignalExec."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]
     """See SandboxService.StreamLogs."""
+    ForwardPort: _grpc.StreamStreamMultiCallable[_sandbox_pb2.ForwardPortRequest, _sandbox_pb2.ForwardPortResponse]
+    """See SandboxService.ForwardPort."""
     ReadFile: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]
     """See SandboxService.ReadFile."""
     WriteFile: _grpc.StreamUnaryMultiCallable[_sandbox_pb2.WriteFileRequest, _sandbox_pb2.FileInfo]
@@ -107,6 +109,10 @@ class AgentServiceStub:
     """See SandboxService.MoveFile."""
     RemoveFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]
     """See SandboxService.RemoveFile."""
+    MakeLink: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MakeLinkRequest, _sandbox_pb2.FileInfo]
+    """See SandboxService.MakeLink."""
+    MeasureSandboxes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MeasureSandboxesRequest, _sandbox_pb2.MeasureSandboxesResponse]
+    """See SandboxService.MeasureSandboxes."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -125,6 +131,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """See SandboxService.SignalExec."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]  # type: ignore[assignment]
     """See SandboxService.StreamLogs."""
+    ForwardPort: _aio.StreamStreamMultiCallable[_sandbox_pb2.ForwardPortRequest, _sandbox_pb2.ForwardPortResponse]  # type: ignore[assignment]
+    """See SandboxService.ForwardPort."""
     ReadFile: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]  # type: ignore[assignment]
     """See SandboxService.ReadFile."""
     WriteFile: _aio.StreamUnaryMultiCallable[_sandbox_pb2.WriteFileRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
@@ -139,6 +147,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """See SandboxService.MoveFile."""
     RemoveFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """See SandboxService.RemoveFile."""
+    MakeLink: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MakeLinkRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
+    """See SandboxService.MakeLink."""
+    MeasureSandboxes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MeasureSandboxesRequest, _sandbox_pb2.MeasureSandboxesResponse]  # type: ignore[assignment]
+    """See SandboxService.MeasureSandboxes."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """On each agent: the data path. The sandbox is named by its id here."""
@@ -190,6 +202,14 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.StreamLogsResponse], _abc.AsyncIterator[_sandbox_pb2.StreamLogsResponse]]:
         """See SandboxService.StreamLogs."""
+
+    @_abc_1.abstractmethod
+    def ForwardPort(
+        self,
+        request_iterator: _MaybeAsyncIterator[_sandbox_pb2.ForwardPortRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ForwardPortResponse], _abc.AsyncIterator[_sandbox_pb2.ForwardPortResponse]]:
+        """See SandboxService.ForwardPort."""
 
     @_abc_1.abstractmethod
     def ReadFile(
@@ -246,5 +266,21 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """See SandboxService.RemoveFile."""
+
+    @_abc_1.abstractmethod
+    def MakeLink(
+        self,
+        request: _sandbox_pb2.MakeLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
+        """See SandboxService.MakeLink."""
+
+    @_abc_1.abstractmethod
+    def MeasureSandboxes(
+        self,
+        request: _sandbox_pb2.MeasureSandboxesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.MeasureSandboxesResponse, _abc.Awaitable[_sandbox_pb2.MeasureSandboxesResponse]]:
+        """See SandboxService.MeasureSandboxes."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprism/cluster/v1/cluster.proto\x12\x10prism.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd4\x01\n\x04Peer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0craft_address\x18\x03 \x01(\t\x12\x13\n\x0b\x61pi_address\x18\x04 \x01(\t\x12(\n\x04role\x18\x05 \x01(\x0e\x32\x1a.prism.cluster.v1.PeerRole\x12\x13\n\x0bmatch_index\x18\x06 \x01(\x03\x12\x35\n\x11last_contact_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\treachable\x18\x08 \x01(\x08\"\x13\n\x11GetClusterRequest\"\xe9\x03\n\x07\x43luster\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tmember_id\x18\x02 \x01(\t\x12\x13\n\x0bmember_name\x18\x03 \x01(\t\x12\x11\n\tleader_id\x18\x04 \x01(\t\x12\x1a\n\x12leader_api_address\x18\x05 \x01(\t\x12\x0c\n\x04term\x18\x06 \x01(\x03\x12\x12\n\nlast_index\x18\x07 \x01(\x03\x12\x14\n\x0c\x63ommit_index\x18\x08 \x01(\x03\x12\x15\n\rapplied_index\x18\t \x01(\x03\x12%\n\x05peers\x18\n \x03(\x0b\x32\x16.prism.cluster.v1.Peer\x12\x10\n\x08revision\x18\x0b \x01(\x03\x12;\n\tsandboxes\x18\x0c \x03(\x0b\x32(.prism.cluster.v1.Cluster.SandboxesEntry\x12\x33\n\x05nodes\x18\r \x03(\x0b\x32$.prism.cluster.v1.Cluster.NodesEntry\x12\x0f\n\x07version\x18\x0e \x01(\t\x12\x10\n\x08warnings\x18\x0f \x03(\t\x1a\x30\n\x0eSandboxesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a,\n\nNodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x12\n\x10ListPeersRequest\":\n\x11ListPeersResponse\x12%\n\x05peers\x18\x01 \x03(\x0b\x32\x16.prism.cluster.v1.Peer\"&\n\x0e\x41\x64\x64PeerRequest\x12\x14\n\x0craft_address\x18\x01 \x01(\t\"!\n\x11RemovePeerRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\"\x14\n\x12RemovePeerResponse\")\n\x19TransferLeadershipRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\"/\n\x1aTransferLeadershipResponse\x12\x11\n\tleader_id\x18\x01 \x01(\t\"\x0f\n\rBackupRequest\"\x1e\n\x0e\x42\x61\x63kupResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\x83\x01\n\x08PeerRole\x12\x19\n\x15PEER_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12PEER_ROLE_FOLLOWER\x10\x01\x12\x17\n\x13PEER_ROLE_CANDIDATE\x10\x02\x12\x14\n\x10PEER_ROLE_LEADER\x10\x03\x12\x15\n\x11PEER_ROLE_LEARNER\x10\x04\x32\x92\x04\n\x0e\x43lusterService\x12L\n\nGetCluster\x12#.prism.cluster.v1.GetClusterRequest\x1a\x19.prism.cluster.v1.Cluster\x12T\n\tListPeers\x12\".prism.cluster.v1.ListPeersRequest\x1a#.prism.cluster.v1.ListPeersResponse\x12\x43\n\x07\x41\x64\x64Peer\x12 .prism.cluster.v1.AddPeerRequest\x1a\x16.prism.cluster.v1.Peer\x12W\n\nRemovePeer\x12#.prism.cluster.v1.RemovePeerRequest\x1a$.prism.cluster.v1.RemovePeerResponse\x12o\n\x12TransferLeadership\x12+.prism.cluster.v1.TransferLeadershipRequest\x1a,.prism.cluster.v1.TransferLeadershipResponse\x12M\n\x06\x42\x61\x63kup\x12\x1f.prism.cluster.v1.BackupRequest\x1a .prism.cluster.v1.BackupResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprism/cluster/v1/cluster.proto\x12\x10prism.cluster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xed\x01\n\x04Peer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0craft_address\x18\x03 \x01(\t\x12\x13\n\x0b\x61pi_address\x18\x04 \x01(\t\x12(\n\x04role\x18\x05 \x01(\x0e\x32\x1a.prism.cluster.v1.PeerRole\x12\x13\n\x0bmatch_index\x18\x06 \x01(\x03\x12\x35\n\x11last_contact_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\treachable\x18\x08 \x01(\x08\x12\x17\n\x0f\x63ommand_version\x18\t \x01(\x05\"\x13\n\x11GetClusterRequest\"\x82\x04\n\x07\x43luster\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\tmember_id\x18\x02 \x01(\t\x12\x13\n\x0bmember_name\x18\x03 \x01(\t\x12\x11\n\tleader_id\x18\x04 \x01(\t\x12\x1a\n\x12leader_api_address\x18\x05 \x01(\t\x12\x0c\n\x04term\x18\x06 \x01(\x03\x12\x12\n\nlast_index\x18\x07 \x01(\x03\x12\x14\n\x0c\x63ommit_index\x18\x08 \x01(\x03\x12\x15\n\rapplied_index\x18\t \x01(\x03\x12%\n\x05peers\x18\n \x03(\x0b\x32\x16.prism.cluster.v1.Peer\x12\x10\n\x08revision\x18\x0b \x01(\x03\x12;\n\tsandboxes\x18\x0c \x03(\x0b\x32(.prism.cluster.v1.Cluster.SandboxesEntry\x12\x33\n\x05nodes\x18\r \x03(\x0b\x32$.prism.cluster.v1.Cluster.NodesEntry\x12\x0f\n\x07version\x18\x0e \x01(\t\x12\x10\n\x08warnings\x18\x0f \x03(\t\x12\x17\n\x0f\x63ommand_version\x18\x10 \x01(\x05\x1a\x30\n\x0eSandboxesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a,\n\nNodesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"\x12\n\x10ListPeersRequest\":\n\x11ListPeersResponse\x12%\n\x05peers\x18\x01 \x03(\x0b\x32\x16.prism.cluster.v1.Peer\"&\n\x0e\x41\x64\x64PeerRequest\x12\x14\n\x0craft_address\x18\x01 \x01(\t\"!\n\x11RemovePeerRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\"\x14\n\x12RemovePeerResponse\")\n\x19TransferLeadershipRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\"/\n\x1aTransferLeadershipResponse\x12\x11\n\tleader_id\x18\x01 \x01(\t\"\x0f\n\rBackupRequest\"\x1e\n\x0e\x42\x61\x63kupResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c*\x83\x01\n\x08PeerRole\x12\x19\n\x15PEER_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12PEER_ROLE_FOLLOWER\x10\x01\x12\x17\n\x13PEER_ROLE_CANDIDATE\x10\x02\x12\x14\n\x10PEER_ROLE_LEADER\x10\x03\x12\x15\n\x11PEER_ROLE_LEARNER\x10\x04\x32\x92\x04\n\x0e\x43lusterService\x12L\n\nGetCluster\x12#.prism.cluster.v1.GetClusterRequest\x1a\x19.prism.cluster.v1.Cluster\x12T\n\tListPeers\x12\".prism.cluster.v1.ListPeersRequest\x1a#.prism.cluster.v1.ListPeersResponse\x12\x43\n\x07\x41\x64\x64Peer\x12 .prism.cluster.v1.AddPeerRequest\x1a\x16.prism.cluster.v1.Peer\x12W\n\nRemovePeer\x12#.prism.cluster.v1.RemovePeerRequest\x1a$.prism.cluster.v1.RemovePeerResponse\x12o\n\x12TransferLeadership\x12+.prism.cluster.v1.TransferLeadershipRequest\x1a,.prism.cluster.v1.TransferLeadershipResponse\x12M\n\x06\x42\x61\x63kup\x12\x1f.prism.cluster.v1.BackupRequest\x1a .prism.cluster.v1.BackupResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +36,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLUSTER_SANDBOXESENTRY']._serialized_options = b'8\001'
   _globals['_CLUSTER_NODESENTRY']._loaded_options = None
   _globals['_CLUSTER_NODESENTRY']._serialized_options = b'8\001'
-  _globals['_PEERROLE']._serialized_start=1132
-  _globals['_PEERROLE']._serialized_end=1263
+  _globals['_PEERROLE']._serialized_start=1182
+  _globals['_PEERROLE']._serialized_end=1313
   _globals['_PEER']._serialized_start=86
-  _globals['_PEER']._serialized_end=298
-  _globals['_GETCLUSTERREQUEST']._serialized_start=300
-  _globals['_GETCLUSTERREQUEST']._serialized_end=319
-  _globals['_CLUSTER']._serialized_start=322
-  _globals['_CLUSTER']._serialized_end=811
-  _globals['_CLUSTER_SANDBOXESENTRY']._serialized_start=717
-  _globals['_CLUSTER_SANDBOXESENTRY']._serialized_end=765
-  _globals['_CLUSTER_NODESENTRY']._serialized_start=767
-  _globals['_CLUSTER_NODESENTRY']._serialized_end=811
-  _globals['_LISTPEERSREQUEST']._serialized_start=813
-  _globals['_LISTPEERSREQUEST']._serialized_end=831
-  _globals['_LISTPEERSRESPONSE']._serialized_start=833
-  _globals['_LISTPEERSRESPONSE']._serialized_end=891
-  _globals['_ADDPEERREQUEST']._serialized_start=893
-  _globals['_ADDPEERREQUEST']._serialized_end=931
-  _globals['_REMOVEPEERREQUEST']._serialized_start=933
-  _globals['_REMOVEPEERREQUEST']._serialized_end=966
-  _globals['_REMOVEPEERRESPONSE']._serialized_start=968
-  _globals['_REMOVEPEERRESPONSE']._serialized_end=988
-  _globals['_TRANSFERLEADERSHIPREQUEST']._serialized_start=990
-  _globals['_TRANSFERLEADERSHIPREQUEST']._serialized_end=1031
-  _globals['_TRANSFERLEADERSHIPRESPONSE']._serialized_start=1033
-  _globals['_TRANSFERLEADERSHIPRESPONSE']._serialized_end=1080
-  _globals['_BACKUPREQUEST']._serialized_start=1082
-  _globals['_BACKUPREQUEST']._serialized_end=1097
-  _globals['_BACKUPRESPONSE']._serialized_start=1099
-  _globals['_BACKUPRESPONSE']._serialized_end=1129
-  _globals['_CLUSTERSERVICE']._serialized_start=1266
-  _globals['_CLUSTERSERVICE']._serialized_end=1796
+  _globals['_PEER']._serialized_end=323
+  _globals['_GETCLUSTERREQUEST']._serialized_start=325
+  _globals['_GETCLUSTERREQUEST']._serialized_end=344
+  _globals['_CLUSTER']._serialized_start=347
+  _globals['_CLUSTER']._serialized_end=861
+  _globals['_CLUSTER_SANDBOXESENTRY']._serialized_start=767
+  _globals['_CLUSTER_SANDBOXESENTRY']._serialized_end=815
+  _globals['_CLUSTER_NODESENTRY']._serialized_start=817
+  _globals['_CLUSTER_NODESENTRY']._serialized_end=861
+  _globals['_LISTPEERSREQUEST']._serialized_start=863
+  _globals['_LISTPEERSREQUEST']._serialized_end=881
+  _globals['_LISTPEERSRESPONSE']._serialized_start=883
+  _globals['_LISTPEERSRESPONSE']._serialized_end=941
+  _globals['_ADDPEERREQUEST']._serialized_start=943
+  _globals['_ADDPEERREQUEST']._serialized_end=981
+  _globals['_REMOVEPEERREQUEST']._serialized_start=983
+  _globals['_REMOVEPEERREQUEST']._serialized_end=1016
+  _globals['_REMOVEPEERRESPONSE']._serialized_start=1018
+  _globals['_REMOVEPEERRESPONSE']._serialized_end=1038
+  _globals['_TRANSFERLEADERSHIPREQUEST']._serialized_start=1040
+  _globals['_TRANSFERLEADERSHIPREQUEST']._serialized_end=1081
+  _globals['_TRANSFERLEADERSHIPRESPONSE']._serialized_start=1083
+  _globals['_TRANSFERLEADERSHIPRESPONSE']._serialized_end=1130
+  _globals['_BACKUPREQUEST']._serialized_start=1132
+  _globals['_BACKUPREQUEST']._serialized_end=1147
+  _globals['_BACKUPRESPONSE']._serialized_start=1149
+  _globals['_BACKUPRESPONSE']._serialized_end=1179
+  _globals['_CLUSTERSERVICE']._serialized_start=1316
+  _globals['_CLUSTERSERVICE']._serialized_end=1846
 # @@protoc_insertion_point(module_scope)

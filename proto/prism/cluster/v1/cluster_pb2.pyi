@@ -66,6 +66,7 @@ class Peer(_message.Message):
     MATCH_INDEX_FIELD_NUMBER: _builtins.int
     LAST_CONTACT_TIME_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
+    COMMAND_VERSION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Raft member id, 16 hexadecimal digits."""
     name: _builtins.str
@@ -80,6 +81,8 @@ class Peer(_message.Message):
     """Highest log index known to be on its disk; only the leader knows, else 0."""
     reachable: _builtins.bool
     """Heard within an election timeout (or itself)."""
+    command_version: _builtins.int
+    """Highest version of commands that its release knows; only the leader knows, else 0."""
     @_builtins.property
     def last_contact_time(self) -> _timestamp_pb2.Timestamp:
         """When the answering member last heard it; absent: never, or itself."""
@@ -95,10 +98,11 @@ class Peer(_message.Message):
         match_index: _builtins.int = ...,
         last_contact_time: _timestamp_pb2.Timestamp | None = ...,
         reachable: _builtins.bool = ...,
+        command_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_contact_time", b"last_contact_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_address", b"api_address", "id", b"id", "last_contact_time", b"last_contact_time", "match_index", b"match_index", "name", b"name", "raft_address", b"raft_address", "reachable", b"reachable", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_address", b"api_address", "command_version", b"command_version", "id", b"id", "last_contact_time", b"last_contact_time", "match_index", b"match_index", "name", b"name", "raft_address", b"raft_address", "reachable", b"reachable", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,6 +186,7 @@ class Cluster(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    COMMAND_VERSION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made when the cluster was formed; empty before."""
     member_id: _builtins.str
@@ -204,6 +209,8 @@ class Cluster(_message.Message):
     """Revision of the state."""
     version: _builtins.str
     """Version of the member that answers."""
+    command_version: _builtins.int
+    """Version of commands in use: the leader raises it once every member's release knows it."""
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
         """Every member."""
@@ -238,10 +245,11 @@ class Cluster(_message.Message):
         nodes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         version: _builtins.str = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        command_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_index", b"applied_index", "commit_index", b"commit_index", "id", b"id", "last_index", b"last_index", "leader_api_address", b"leader_api_address", "leader_id", b"leader_id", "member_id", b"member_id", "member_name", b"member_name", "nodes", b"nodes", "peers", b"peers", "revision", b"revision", "sandboxes", b"sandboxes", "term", b"term", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied_index", b"applied_index", "command_version", b"command_version", "commit_index", b"commit_index", "id", b"id", "last_index", b"last_index", "leader_api_address", b"leader_api_address", "leader_id", b"leader_id", "member_id", b"member_id", "member_name", b"member_name", "nodes", b"nodes", "peers", b"peers", "revision", b"revision", "sandboxes", b"sandboxes", "term", b"term", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

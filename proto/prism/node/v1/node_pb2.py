@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prism/node/v1/node.proto\x12\rprism.node.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"b\n\x0fResourceAmounts\x12\x16\n\x0e\x63pu_millicores\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\r\n\x05slots\x18\x04 \x01(\x03\"N\n\rRuntimeStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\"\xaf\x04\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.prism.node.v1.NodeState\x12\x10\n\x08\x63ordoned\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x30\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x31\n\tallocated\x18\x07 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12.\n\x08runtimes\x18\x08 \x03(\x0b\x32\x1c.prism.node.v1.RuntimeStatus\x12/\n\x06labels\x18\t \x03(\x0b\x32\x1f.prism.node.v1.Node.LabelsEntry\x12\x11\n\tsandboxes\x18\n \x01(\x03\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x32\n\x0elast_seen_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bincarnation\x18\x0e \x01(\t\x12.\n\ndrain_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x11ListNodesResponse\x12\"\n\x05nodes\x18\x01 \x03(\x0b\x32\x13.prism.node.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x13\n\x11WatchNodesRequest\"H\n\x12WatchNodesResponse\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.prism.node.v1.Node\x12\x0f\n\x07removed\x18\x02 \x01(\x08\"#\n\x13GetResourcesRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x83\x03\n\x14GetResourcesResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tnode_name\x18\x02 \x01(\t\x12-\n\x05total\x18\x03 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12,\n\x04used\x18\x04 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x30\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x31\n\tallocated\x18\x06 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x14\n\x0cload_average\x18\x07 \x03(\x01\x12.\n\x08runtimes\x18\x08 \x03(\x0b\x32\x1c.prism.node.v1.RuntimeStatus\x12\r\n\x05score\x18\t \x01(\x01\x12\x30\n\x0cmeasure_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\" \n\x10GetHealthRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"Y\n\x0bHealthCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x06status\x18\x02 \x01(\x0e\x32\x1b.prism.node.v1.HealthStatus\x12\x0f\n\x07message\x18\x03 \x01(\t\"}\n\x11GetHealthResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12+\n\x06status\x18\x02 \x01(\x0e\x32\x1b.prism.node.v1.HealthStatus\x12*\n\x06\x63hecks\x18\x03 \x03(\x0b\x32\x1a.prism.node.v1.HealthCheck\"!\n\x11\x43ordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"#\n\x13UncordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"M\n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*j\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x16\n\x12NODE_STATE_SUSPECT\x10\x02\x12\x13\n\x0fNODE_STATE_LOST\x10\x03*z\n\x0cHealthStatus\x12\x1d\n\x19HEALTH_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10HEALTH_STATUS_OK\x10\x01\x12\x19\n\x15HEALTH_STATUS_WARNING\x10\x02\x12\x1a\n\x16HEALTH_STATUS_CRITICAL\x10\x03\x32\xeb\x04\n\x0bNodeService\x12N\n\tListNodes\x12\x1f.prism.node.v1.ListNodesRequest\x1a .prism.node.v1.ListNodesResponse\x12=\n\x07GetNode\x12\x1d.prism.node.v1.GetNodeRequest\x1a\x13.prism.node.v1.Node\x12S\n\nWatchNodes\x12 .prism.node.v1.WatchNodesRequest\x1a!.prism.node.v1.WatchNodesResponse0\x01\x12W\n\x0cGetResources\x12\".prism.node.v1.GetResourcesRequest\x1a#.prism.node.v1.GetResourcesResponse\x12N\n\tGetHealth\x12\x1f.prism.node.v1.GetHealthRequest\x1a .prism.node.v1.GetHealthResponse\x12\x43\n\nCordonNode\x12 .prism.node.v1.CordonNodeRequest\x1a\x13.prism.node.v1.Node\x12G\n\x0cUncordonNode\x12\".prism.node.v1.UncordonNodeRequest\x1a\x13.prism.node.v1.Node\x12\x41\n\tDrainNode\x12\x1f.prism.node.v1.DrainNodeRequest\x1a\x13.prism.node.v1.Nodeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prism/node/v1/node.proto\x12\rprism.node.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"b\n\x0fResourceAmounts\x12\x16\n\x0e\x63pu_millicores\x18\x01 \x01(\x03\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x03\x12\x12\n\ndisk_bytes\x18\x03 \x01(\x03\x12\r\n\x05slots\x18\x04 \x01(\x03\"N\n\rRuntimeStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\".\n\x0c\x45gressStatus\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xdc\x04\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\'\n\x05state\x18\x03 \x01(\x0e\x32\x18.prism.node.v1.NodeState\x12\x10\n\x08\x63ordoned\x18\x04 \x01(\x08\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x30\n\x08\x63\x61pacity\x18\x06 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x31\n\tallocated\x18\x07 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12.\n\x08runtimes\x18\x08 \x03(\x0b\x32\x1c.prism.node.v1.RuntimeStatus\x12/\n\x06labels\x18\t \x03(\x0b\x32\x1f.prism.node.v1.Node.LabelsEntry\x12\x11\n\tsandboxes\x18\n \x01(\x03\x12\x0f\n\x07version\x18\x0b \x01(\t\x12\x32\n\x0elast_seen_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63reate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bincarnation\x18\x0e \x01(\t\x12.\n\ndrain_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x06\x65gress\x18\x10 \x01(\x0b\x32\x1b.prism.node.v1.EgressStatus\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x11ListNodesResponse\x12\"\n\x05nodes\x18\x01 \x03(\x0b\x32\x13.prism.node.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x13\n\x11WatchNodesRequest\"H\n\x12WatchNodesResponse\x12!\n\x04node\x18\x01 \x01(\x0b\x32\x13.prism.node.v1.Node\x12\x0f\n\x07removed\x18\x02 \x01(\x08\"#\n\x13GetResourcesRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x83\x03\n\x14GetResourcesResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\tnode_name\x18\x02 \x01(\t\x12-\n\x05total\x18\x03 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12,\n\x04used\x18\x04 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x30\n\x08\x63\x61pacity\x18\x05 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x31\n\tallocated\x18\x06 \x01(\x0b\x32\x1e.prism.node.v1.ResourceAmounts\x12\x14\n\x0cload_average\x18\x07 \x03(\x01\x12.\n\x08runtimes\x18\x08 \x03(\x0b\x32\x1c.prism.node.v1.RuntimeStatus\x12\r\n\x05score\x18\t \x01(\x01\x12\x30\n\x0cmeasure_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\" \n\x10GetHealthRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"Y\n\x0bHealthCheck\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x06status\x18\x02 \x01(\x0e\x32\x1b.prism.node.v1.HealthStatus\x12\x0f\n\x07message\x18\x03 \x01(\t\"}\n\x11GetHealthResponse\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12+\n\x06status\x18\x02 \x01(\x0e\x32\x1b.prism.node.v1.HealthStatus\x12*\n\x06\x63hecks\x18\x03 \x03(\x0b\x32\x1a.prism.node.v1.HealthCheck\"!\n\x11\x43ordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"#\n\x13UncordonNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"M\n\x10\x44rainNodeRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12+\n\x08\x64\x65\x61\x64line\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*j\n\tNodeState\x12\x1a\n\x16NODE_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10NODE_STATE_READY\x10\x01\x12\x16\n\x12NODE_STATE_SUSPECT\x10\x02\x12\x13\n\x0fNODE_STATE_LOST\x10\x03*z\n\x0cHealthStatus\x12\x1d\n\x19HEALTH_STATUS_UNSPECIFIED\x10\x00\x12\x14\n\x10HEALTH_STATUS_OK\x10\x01\x12\x19\n\x15HEALTH_STATUS_WARNING\x10\x02\x12\x1a\n\x16HEALTH_STATUS_CRITICAL\x10\x03\x32\xeb\x04\n\x0bNodeService\x12N\n\tListNodes\x12\x1f.prism.node.v1.ListNodesRequest\x1a .prism.node.v1.ListNodesResponse\x12=\n\x07GetNode\x12\x1d.prism.node.v1.GetNodeRequest\x1a\x13.prism.node.v1.Node\x12S\n\nWatchNodes\x12 .prism.node.v1.WatchNodesRequest\x1a!.prism.node.v1.WatchNodesResponse0\x01\x12W\n\x0cGetResources\x12\".prism.node.v1.GetResourcesRequest\x1a#.prism.node.v1.GetResourcesResponse\x12N\n\tGetHealth\x12\x1f.prism.node.v1.GetHealthRequest\x1a .prism.node.v1.GetHealthResponse\x12\x43\n\nCordonNode\x12 .prism.node.v1.CordonNodeRequest\x1a\x13.prism.node.v1.Node\x12G\n\x0cUncordonNode\x12\".prism.node.v1.UncordonNodeRequest\x1a\x13.prism.node.v1.Node\x12\x41\n\tDrainNode\x12\x1f.prism.node.v1.DrainNodeRequest\x1a\x13.prism.node.v1.Nodeb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,44 +35,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODE_LABELSENTRY']._loaded_options = None
   _globals['_NODE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NODESTATE']._serialized_start=1948
-  _globals['_NODESTATE']._serialized_end=2054
-  _globals['_HEALTHSTATUS']._serialized_start=2056
-  _globals['_HEALTHSTATUS']._serialized_end=2178
+  _globals['_NODESTATE']._serialized_start=2041
+  _globals['_NODESTATE']._serialized_end=2147
+  _globals['_HEALTHSTATUS']._serialized_start=2149
+  _globals['_HEALTHSTATUS']._serialized_end=2271
   _globals['_RESOURCEAMOUNTS']._serialized_start=108
   _globals['_RESOURCEAMOUNTS']._serialized_end=206
   _globals['_RUNTIMESTATUS']._serialized_start=208
   _globals['_RUNTIMESTATUS']._serialized_end=286
-  _globals['_NODE']._serialized_start=289
-  _globals['_NODE']._serialized_end=848
-  _globals['_NODE_LABELSENTRY']._serialized_start=803
-  _globals['_NODE_LABELSENTRY']._serialized_end=848
-  _globals['_LISTNODESREQUEST']._serialized_start=850
-  _globals['_LISTNODESREQUEST']._serialized_end=907
-  _globals['_LISTNODESRESPONSE']._serialized_start=909
-  _globals['_LISTNODESRESPONSE']._serialized_end=989
-  _globals['_GETNODEREQUEST']._serialized_start=991
-  _globals['_GETNODEREQUEST']._serialized_end=1021
-  _globals['_WATCHNODESREQUEST']._serialized_start=1023
-  _globals['_WATCHNODESREQUEST']._serialized_end=1042
-  _globals['_WATCHNODESRESPONSE']._serialized_start=1044
-  _globals['_WATCHNODESRESPONSE']._serialized_end=1116
-  _globals['_GETRESOURCESREQUEST']._serialized_start=1118
-  _globals['_GETRESOURCESREQUEST']._serialized_end=1153
-  _globals['_GETRESOURCESRESPONSE']._serialized_start=1156
-  _globals['_GETRESOURCESRESPONSE']._serialized_end=1543
-  _globals['_GETHEALTHREQUEST']._serialized_start=1545
-  _globals['_GETHEALTHREQUEST']._serialized_end=1577
-  _globals['_HEALTHCHECK']._serialized_start=1579
-  _globals['_HEALTHCHECK']._serialized_end=1668
-  _globals['_GETHEALTHRESPONSE']._serialized_start=1670
-  _globals['_GETHEALTHRESPONSE']._serialized_end=1795
-  _globals['_CORDONNODEREQUEST']._serialized_start=1797
-  _globals['_CORDONNODEREQUEST']._serialized_end=1830
-  _globals['_UNCORDONNODEREQUEST']._serialized_start=1832
-  _globals['_UNCORDONNODEREQUEST']._serialized_end=1867
-  _globals['_DRAINNODEREQUEST']._serialized_start=1869
-  _globals['_DRAINNODEREQUEST']._serialized_end=1946
-  _globals['_NODESERVICE']._serialized_start=2181
-  _globals['_NODESERVICE']._serialized_end=2800
+  _globals['_EGRESSSTATUS']._serialized_start=288
+  _globals['_EGRESSSTATUS']._serialized_end=334
+  _globals['_NODE']._serialized_start=337
+  _globals['_NODE']._serialized_end=941
+  _globals['_NODE_LABELSENTRY']._serialized_start=896
+  _globals['_NODE_LABELSENTRY']._serialized_end=941
+  _globals['_LISTNODESREQUEST']._serialized_start=943
+  _globals['_LISTNODESREQUEST']._serialized_end=1000
+  _globals['_LISTNODESRESPONSE']._serialized_start=1002
+  _globals['_LISTNODESRESPONSE']._serialized_end=1082
+  _globals['_GETNODEREQUEST']._serialized_start=1084
+  _globals['_GETNODEREQUEST']._serialized_end=1114
+  _globals['_WATCHNODESREQUEST']._serialized_start=1116
+  _globals['_WATCHNODESREQUEST']._serialized_end=1135
+  _globals['_WATCHNODESRESPONSE']._serialized_start=1137
+  _globals['_WATCHNODESRESPONSE']._serialized_end=1209
+  _globals['_GETRESOURCESREQUEST']._serialized_start=1211
+  _globals['_GETRESOURCESREQUEST']._serialized_end=1246
+  _globals['_GETRESOURCESRESPONSE']._serialized_start=1249
+  _globals['_GETRESOURCESRESPONSE']._serialized_end=1636
+  _globals['_GETHEALTHREQUEST']._serialized_start=1638
+  _globals['_GETHEALTHREQUEST']._serialized_end=1670
+  _globals['_HEALTHCHECK']._serialized_start=1672
+  _globals['_HEALTHCHECK']._serialized_end=1761
+  _globals['_GETHEALTHRESPONSE']._serialized_start=1763
+  _globals['_GETHEALTHRESPONSE']._serialized_end=1888
+  _globals['_CORDONNODEREQUEST']._serialized_start=1890
+  _globals['_CORDONNODEREQUEST']._serialized_end=1923
+  _globals['_UNCORDONNODEREQUEST']._serialized_start=1925
+  _globals['_UNCORDONNODEREQUEST']._serialized_end=1960
+  _globals['_DRAINNODEREQUEST']._serialized_start=1962
+  _globals['_DRAINNODEREQUEST']._serialized_end=2039
+  _globals['_NODESERVICE']._serialized_start=2274
+  _globals['_NODESERVICE']._serialized_end=2893
 # @@protoc_insertion_point(module_scope)

@@ -150,6 +150,32 @@ class RuntimeStatus(_message.Message):
 Global___RuntimeStatus: _TypeAlias = RuntimeStatus  # noqa: Y015
 
 @_typing.final
+class EgressStatus(_message.Message):
+    """Whether a node can give sandboxes a network, and hold them to what they may reach."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READY_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    ready: _builtins.bool
+    """It was really done when the agent started."""
+    message: _builtins.str
+    """Why not, with what to do."""
+    def __init__(
+        self,
+        *,
+        ready: _builtins.bool = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "ready", b"ready"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EgressStatus: _TypeAlias = EgressStatus  # noqa: Y015
+
+@_typing.final
 class Node(_message.Message):
     """One node."""
 
@@ -190,6 +216,7 @@ class Node(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     DRAIN_TIME_FIELD_NUMBER: _builtins.int
+    EGRESS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Made by the agent at its first start and kept in its data directory."""
     name: _builtins.str
@@ -234,6 +261,10 @@ class Node(_message.Message):
     def drain_time(self) -> _timestamp_pb2.Timestamp:
         """While it drains: when the sandboxes that are left there are ended."""
 
+    @_builtins.property
+    def egress(self) -> Global___EgressStatus:
+        """Whether it takes sandboxes with network mode EGRESS."""
+
     def __init__(
         self,
         *,
@@ -252,10 +283,11 @@ class Node(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         incarnation: _builtins.str = ...,
         drain_time: _timestamp_pb2.Timestamp | None = ...,
+        egress: Global___EgressStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "capacity", b"capacity", "create_time", b"create_time", "drain_time", b"drain_time", "last_seen_time", b"last_seen_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allocated", b"allocated", "capacity", b"capacity", "create_time", b"create_time", "drain_time", b"drain_time", "egress", b"egress", "last_seen_time", b"last_seen_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocated", b"allocated", "capacity", b"capacity", "cordoned", b"cordoned", "create_time", b"create_time", "drain_time", b"drain_time", "id", b"id", "incarnation", b"incarnation", "labels", b"labels", "last_seen_time", b"last_seen_time", "name", b"name", "runtimes", b"runtimes", "sandboxes", b"sandboxes", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "allocated", b"allocated", "capacity", b"capacity", "cordoned", b"cordoned", "create_time", b"create_time", "drain_time", b"drain_time", "egress", b"egress", "id", b"id", "incarnation", b"incarnation", "labels", b"labels", "last_seen_time", b"last_seen_time", "name", b"name", "runtimes", b"runtimes", "sandboxes", b"sandboxes", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

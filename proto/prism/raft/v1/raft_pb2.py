@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prism/raft/v1/raft.proto\x12\rprism.raft.v1\"M\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0craft_address\x18\x03 \x01(\t\x12\x13\n\x0b\x61pi_address\x18\x04 \x01(\t\"r\n\rConfiguration\x12\x0e\n\x06voters\x18\x01 \x03(\x04\x12\x17\n\x0fvoters_outgoing\x18\x02 \x03(\x04\x12\x10\n\x08learners\x18\x03 \x03(\x04\x12&\n\x07members\x18\x04 \x03(\x0b\x32\x15.prism.raft.v1.Member\"`\n\x0cSnapshotMeta\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x33\n\rconfiguration\x18\x03 \x01(\x0b\x32\x1c.prism.raft.v1.Configuration\"u\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x0e\n\x06sender\x18\x03 \x01(\x04\x12\x10\n\x08receiver\x18\x04 \x01(\x04\x12%\n\x06member\x18\x05 \x01(\x0b\x32\x15.prism.raft.v1.Member\"X\n\x0bVoteRequest\x12\x10\n\x08pre_vote\x18\x01 \x01(\x08\x12\x12\n\nlast_index\x18\x02 \x01(\x04\x12\x11\n\tlast_term\x18\x03 \x01(\x04\x12\x10\n\x08transfer\x18\x04 \x01(\x08\".\n\tVoteReply\x12\x10\n\x08pre_vote\x18\x01 \x01(\x08\x12\x0f\n\x07granted\x18\x02 \x01(\x08\"_\n\rAppendRequest\x12\x16\n\x0eprevious_index\x18\x01 \x01(\x04\x12\x15\n\rprevious_term\x18\x02 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x03 \x03(\x0c\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x04\"U\n\x0b\x41ppendReply\x12\x10\n\x08rejected\x18\x01 \x01(\x08\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x12\n\nhint_index\x18\x03 \x01(\x04\x12\x11\n\thint_term\x18\x04 \x01(\x04\"1\n\tHeartbeat\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x04\x12\x14\n\x0cread_context\x18\x02 \x01(\x04\"&\n\x0eHeartbeatReply\x12\x14\n\x0cread_context\x18\x01 \x01(\x04\"#\n\x10ReadIndexRequest\x12\x0f\n\x07\x63ontext\x18\x01 \x01(\x04\"0\n\x0eReadIndexReply\x12\x0f\n\x07\x63ontext\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x04\"\x0c\n\nTimeoutNow\"\x8b\x04\n\x0bRaftMessage\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x32\n\x0cvote_request\x18\x02 \x01(\x0b\x32\x1a.prism.raft.v1.VoteRequestH\x00\x12.\n\nvote_reply\x18\x03 \x01(\x0b\x32\x18.prism.raft.v1.VoteReplyH\x00\x12\x36\n\x0e\x61ppend_request\x18\x04 \x01(\x0b\x32\x1c.prism.raft.v1.AppendRequestH\x00\x12\x32\n\x0c\x61ppend_reply\x18\x05 \x01(\x0b\x32\x1a.prism.raft.v1.AppendReplyH\x00\x12-\n\theartbeat\x18\x06 \x01(\x0b\x32\x18.prism.raft.v1.HeartbeatH\x00\x12\x38\n\x0fheartbeat_reply\x18\x07 \x01(\x0b\x32\x1d.prism.raft.v1.HeartbeatReplyH\x00\x12=\n\x12read_index_request\x18\x08 \x01(\x0b\x32\x1f.prism.raft.v1.ReadIndexRequestH\x00\x12\x39\n\x10read_index_reply\x18\t \x01(\x0b\x32\x1d.prism.raft.v1.ReadIndexReplyH\x00\x12\x30\n\x0btimeout_now\x18\n \x01(\x0b\x32\x19.prism.raft.v1.TimeoutNowH\x00\x42\t\n\x07message\"d\n\x0f\x45xchangeRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.prism.raft.v1.Hello\x12,\n\x08messages\x18\x02 \x03(\x0b\x32\x1a.prism.raft.v1.RaftMessage\"%\n\x10\x45xchangeResponse\x12\x11\n\tmember_id\x18\x01 \x01(\x04\"\x85\x01\n\x18GetSnapshotOffsetRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.prism.raft.v1.Hello\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ile_crc32c\x18\x05 \x01(\r\"+\n\x19GetSnapshotOffsetResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\xcd\x01\n\x16InstallSnapshotRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.prism.raft.v1.Hello\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12)\n\x04meta\x18\x03 \x01(\x0b\x32\x1b.prism.raft.v1.SnapshotMeta\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\r\x12\x13\n\x0b\x66ile_crc32c\x18\x08 \x01(\r\"(\n\x17InstallSnapshotResponse\x12\r\n\x05index\x18\x01 \x01(\x04\"L\n\x0f\x44iscoverRequest\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.prism.raft.v1.Member\x12\x12\n\ncluster_id\x18\x02 \x01(\t\"\xb9\x01\n\x10\x44iscoverResponse\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.prism.raft.v1.Member\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x18\n\x10\x62ootstrap_expect\x18\x03 \x01(\r\x12\x1b\n\x13\x61\x63\x63\x65pted_cluster_id\x18\x04 \x01(\t\x12\x33\n\rconfiguration\x18\x05 \x01(\x0b\x32\x1c.prism.raft.v1.Configuration\"h\n\x0b\x46ormRequest\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x33\n\rconfiguration\x18\x02 \x01(\x0b\x32\x1c.prism.raft.v1.Configuration\x12\x10\n\x08proposer\x18\x03 \x01(\x04\"0\n\x0c\x46ormResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"4\n\x0bJoinRequest\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.prism.raft.v1.Member\"\"\n\x0cJoinResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t2\xf9\x03\n\x0bRaftService\x12O\n\x08\x45xchange\x12\x1e.prism.raft.v1.ExchangeRequest\x1a\x1f.prism.raft.v1.ExchangeResponse(\x01\x30\x01\x12\x62\n\x0fInstallSnapshot\x12%.prism.raft.v1.InstallSnapshotRequest\x1a&.prism.raft.v1.InstallSnapshotResponse(\x01\x12\x66\n\x11GetSnapshotOffset\x12\'.prism.raft.v1.GetSnapshotOffsetRequest\x1a(.prism.raft.v1.GetSnapshotOffsetResponse\x12K\n\x08\x44iscover\x12\x1e.prism.raft.v1.DiscoverRequest\x1a\x1f.prism.raft.v1.DiscoverResponse\x12?\n\x04\x46orm\x12\x1a.prism.raft.v1.FormRequest\x1a\x1b.prism.raft.v1.FormResponse\x12?\n\x04Join\x12\x1a.prism.raft.v1.JoinRequest\x1a\x1b.prism.raft.v1.JoinResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18prism/raft/v1/raft.proto\x12\rprism.raft.v1\"M\n\x06Member\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x14\n\x0craft_address\x18\x03 \x01(\t\x12\x13\n\x0b\x61pi_address\x18\x04 \x01(\t\"r\n\rConfiguration\x12\x0e\n\x06voters\x18\x01 \x03(\x04\x12\x17\n\x0fvoters_outgoing\x18\x02 \x03(\x04\x12\x10\n\x08learners\x18\x03 \x03(\x04\x12&\n\x07members\x18\x04 \x03(\x0b\x32\x15.prism.raft.v1.Member\"`\n\x0cSnapshotMeta\x12\r\n\x05index\x18\x01 \x01(\x04\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x33\n\rconfiguration\x18\x03 \x01(\x0b\x32\x1c.prism.raft.v1.Configuration\"u\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x0e\n\x06sender\x18\x03 \x01(\x04\x12\x10\n\x08receiver\x18\x04 \x01(\x04\x12%\n\x06member\x18\x05 \x01(\x0b\x32\x15.prism.raft.v1.Member\"X\n\x0bVoteRequest\x12\x10\n\x08pre_vote\x18\x01 \x01(\x08\x12\x12\n\nlast_index\x18\x02 \x01(\x04\x12\x11\n\tlast_term\x18\x03 \x01(\x04\x12\x10\n\x08transfer\x18\x04 \x01(\x08\".\n\tVoteReply\x12\x10\n\x08pre_vote\x18\x01 \x01(\x08\x12\x0f\n\x07granted\x18\x02 \x01(\x08\"_\n\rAppendRequest\x12\x16\n\x0eprevious_index\x18\x01 \x01(\x04\x12\x15\n\rprevious_term\x18\x02 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x03 \x03(\x0c\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x04\"U\n\x0b\x41ppendReply\x12\x10\n\x08rejected\x18\x01 \x01(\x08\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x12\n\nhint_index\x18\x03 \x01(\x04\x12\x11\n\thint_term\x18\x04 \x01(\x04\"1\n\tHeartbeat\x12\x0e\n\x06\x63ommit\x18\x01 \x01(\x04\x12\x14\n\x0cread_context\x18\x02 \x01(\x04\"?\n\x0eHeartbeatReply\x12\x14\n\x0cread_context\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ommand_version\x18\x02 \x01(\r\"#\n\x10ReadIndexRequest\x12\x0f\n\x07\x63ontext\x18\x01 \x01(\x04\"0\n\x0eReadIndexReply\x12\x0f\n\x07\x63ontext\x18\x01 \x01(\x04\x12\r\n\x05index\x18\x02 \x01(\x04\"\x0c\n\nTimeoutNow\"\x8b\x04\n\x0bRaftMessage\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x32\n\x0cvote_request\x18\x02 \x01(\x0b\x32\x1a.prism.raft.v1.VoteRequestH\x00\x12.\n\nvote_reply\x18\x03 \x01(\x0b\x32\x18.prism.raft.v1.VoteReplyH\x00\x12\x36\n\x0e\x61ppend_request\x18\x04 \x01(\x0b\x32\x1c.prism.raft.v1.AppendRequestH\x00\x12\x32\n\x0c\x61ppend_reply\x18\x05 \x01(\x0b\x32\x1a.prism.raft.v1.AppendReplyH\x00\x12-\n\theartbeat\x18\x06 \x01(\x0b\x32\x18.prism.raft.v1.HeartbeatH\x00\x12\x38\n\x0fheartbeat_reply\x18\x07 \x01(\x0b\x32\x1d.prism.raft.v1.HeartbeatReplyH\x00\x12=\n\x12read_index_request\x18\x08 \x01(\x0b\x32\x1f.prism.raft.v1.ReadIndexRequestH\x00\x12\x39\n\x10read_index_reply\x18\t \x01(\x0b\x32\x1d.prism.raft.v1.ReadIndexReplyH\x00\x12\x30\n\x0btimeout_now\x18\n \x01(\x0b\x32\x19.prism.raft.v1.TimeoutNowH\x00\x42\t\n\x07message\"d\n\x0f\x45xchangeRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.prism.raft.v1.Hello\x12,\n\x08messages\x18\x02 \x03(\x0b\x32\x1a.prism.raft.v1.RaftMessage\"%\n\x10\x45xchangeResponse\x12\x11\n\tmember_id\x18\x01 \x01(\x04\"\x85\x01\n\x18GetSnapshotOffsetRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.prism.raft.v1.Hello\x12\r\n\x05index\x18\x02 \x01(\x04\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x13\n\x0b\x66ile_crc32c\x18\x05 \x01(\r\"+\n\x19GetSnapshotOffsetResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\"\xcd\x01\n\x16InstallSnapshotRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x14.prism.raft.v1.Hello\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12)\n\x04meta\x18\x03 \x01(\x0b\x32\x1b.prism.raft.v1.SnapshotMeta\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x12\x0e\n\x06\x63rc32c\x18\x07 \x01(\r\x12\x13\n\x0b\x66ile_crc32c\x18\x08 \x01(\r\"(\n\x17InstallSnapshotResponse\x12\r\n\x05index\x18\x01 \x01(\x04\"L\n\x0f\x44iscoverRequest\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.prism.raft.v1.Member\x12\x12\n\ncluster_id\x18\x02 \x01(\t\"\xd2\x01\n\x10\x44iscoverResponse\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.prism.raft.v1.Member\x12\x12\n\ncluster_id\x18\x02 \x01(\t\x12\x18\n\x10\x62ootstrap_expect\x18\x03 \x01(\r\x12\x1b\n\x13\x61\x63\x63\x65pted_cluster_id\x18\x04 \x01(\t\x12\x33\n\rconfiguration\x18\x05 \x01(\x0b\x32\x1c.prism.raft.v1.Configuration\x12\x17\n\x0f\x63ommand_version\x18\x06 \x01(\r\"h\n\x0b\x46ormRequest\x12\x12\n\ncluster_id\x18\x01 \x01(\t\x12\x33\n\rconfiguration\x18\x02 \x01(\x0b\x32\x1c.prism.raft.v1.Configuration\x12\x10\n\x08proposer\x18\x03 \x01(\x04\"0\n\x0c\x46ormResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\"M\n\x0bJoinRequest\x12%\n\x06member\x18\x01 \x01(\x0b\x32\x15.prism.raft.v1.Member\x12\x17\n\x0f\x63ommand_version\x18\x02 \x01(\r\"\"\n\x0cJoinResponse\x12\x12\n\ncluster_id\x18\x01 \x01(\t2\xf9\x03\n\x0bRaftService\x12O\n\x08\x45xchange\x12\x1e.prism.raft.v1.ExchangeRequest\x1a\x1f.prism.raft.v1.ExchangeResponse(\x01\x30\x01\x12\x62\n\x0fInstallSnapshot\x12%.prism.raft.v1.InstallSnapshotRequest\x1a&.prism.raft.v1.InstallSnapshotResponse(\x01\x12\x66\n\x11GetSnapshotOffset\x12\'.prism.raft.v1.GetSnapshotOffsetRequest\x1a(.prism.raft.v1.GetSnapshotOffsetResponse\x12K\n\x08\x44iscover\x12\x1e.prism.raft.v1.DiscoverRequest\x1a\x1f.prism.raft.v1.DiscoverResponse\x12?\n\x04\x46orm\x12\x1a.prism.raft.v1.FormRequest\x1a\x1b.prism.raft.v1.FormResponse\x12?\n\x04Join\x12\x1a.prism.raft.v1.JoinRequest\x1a\x1b.prism.raft.v1.JoinResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -50,39 +50,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEAT']._serialized_start=777
   _globals['_HEARTBEAT']._serialized_end=826
   _globals['_HEARTBEATREPLY']._serialized_start=828
-  _globals['_HEARTBEATREPLY']._serialized_end=866
-  _globals['_READINDEXREQUEST']._serialized_start=868
-  _globals['_READINDEXREQUEST']._serialized_end=903
-  _globals['_READINDEXREPLY']._serialized_start=905
-  _globals['_READINDEXREPLY']._serialized_end=953
-  _globals['_TIMEOUTNOW']._serialized_start=955
-  _globals['_TIMEOUTNOW']._serialized_end=967
-  _globals['_RAFTMESSAGE']._serialized_start=970
-  _globals['_RAFTMESSAGE']._serialized_end=1493
-  _globals['_EXCHANGEREQUEST']._serialized_start=1495
-  _globals['_EXCHANGEREQUEST']._serialized_end=1595
-  _globals['_EXCHANGERESPONSE']._serialized_start=1597
-  _globals['_EXCHANGERESPONSE']._serialized_end=1634
-  _globals['_GETSNAPSHOTOFFSETREQUEST']._serialized_start=1637
-  _globals['_GETSNAPSHOTOFFSETREQUEST']._serialized_end=1770
-  _globals['_GETSNAPSHOTOFFSETRESPONSE']._serialized_start=1772
-  _globals['_GETSNAPSHOTOFFSETRESPONSE']._serialized_end=1815
-  _globals['_INSTALLSNAPSHOTREQUEST']._serialized_start=1818
-  _globals['_INSTALLSNAPSHOTREQUEST']._serialized_end=2023
-  _globals['_INSTALLSNAPSHOTRESPONSE']._serialized_start=2025
-  _globals['_INSTALLSNAPSHOTRESPONSE']._serialized_end=2065
-  _globals['_DISCOVERREQUEST']._serialized_start=2067
-  _globals['_DISCOVERREQUEST']._serialized_end=2143
-  _globals['_DISCOVERRESPONSE']._serialized_start=2146
-  _globals['_DISCOVERRESPONSE']._serialized_end=2331
-  _globals['_FORMREQUEST']._serialized_start=2333
-  _globals['_FORMREQUEST']._serialized_end=2437
-  _globals['_FORMRESPONSE']._serialized_start=2439
-  _globals['_FORMRESPONSE']._serialized_end=2487
-  _globals['_JOINREQUEST']._serialized_start=2489
-  _globals['_JOINREQUEST']._serialized_end=2541
-  _globals['_JOINRESPONSE']._serialized_start=2543
-  _globals['_JOINRESPONSE']._serialized_end=2577
-  _globals['_RAFTSERVICE']._serialized_start=2580
-  _globals['_RAFTSERVICE']._serialized_end=3085
+  _globals['_HEARTBEATREPLY']._serialized_end=891
+  _globals['_READINDEXREQUEST']._serialized_start=893
+  _globals['_READINDEXREQUEST']._serialized_end=928
+  _globals['_READINDEXREPLY']._serialized_start=930
+  _globals['_READINDEXREPLY']._serialized_end=978
+  _globals['_TIMEOUTNOW']._serialized_start=980
+  _globals['_TIMEOUTNOW']._serialized_end=992
+  _globals['_RAFTMESSAGE']._serialized_start=995
+  _globals['_RAFTMESSAGE']._serialized_end=1518
+  _globals['_EXCHANGEREQUEST']._serialized_start=1520
+  _globals['_EXCHANGEREQUEST']._serialized_end=1620
+  _globals['_EXCHANGERESPONSE']._serialized_start=1622
+  _globals['_EXCHANGERESPONSE']._serialized_end=1659
+  _globals['_GETSNAPSHOTOFFSETREQUEST']._serialized_start=1662
+  _globals['_GETSNAPSHOTOFFSETREQUEST']._serialized_end=1795
+  _globals['_GETSNAPSHOTOFFSETRESPONSE']._serialized_start=1797
+  _globals['_GETSNAPSHOTOFFSETRESPONSE']._serialized_end=1840
+  _globals['_INSTALLSNAPSHOTREQUEST']._serialized_start=1843
+  _globals['_INSTALLSNAPSHOTREQUEST']._serialized_end=2048
+  _globals['_INSTALLSNAPSHOTRESPONSE']._serialized_start=2050
+  _globals['_INSTALLSNAPSHOTRESPONSE']._serialized_end=2090
+  _globals['_DISCOVERREQUEST']._serialized_start=2092
+  _globals['_DISCOVERREQUEST']._serialized_end=2168
+  _globals['_DISCOVERRESPONSE']._serialized_start=2171
+  _globals['_DISCOVERRESPONSE']._serialized_end=2381
+  _globals['_FORMREQUEST']._serialized_start=2383
+  _globals['_FORMREQUEST']._serialized_end=2487
+  _globals['_FORMRESPONSE']._serialized_start=2489
+  _globals['_FORMRESPONSE']._serialized_end=2537
+  _globals['_JOINREQUEST']._serialized_start=2539
+  _globals['_JOINREQUEST']._serialized_end=2616
+  _globals['_JOINRESPONSE']._serialized_start=2618
+  _globals['_JOINRESPONSE']._serialized_end=2652
+  _globals['_RAFTSERVICE']._serialized_start=2655
+  _globals['_RAFTSERVICE']._serialized_end=3160
 # @@protoc_insertion_point(module_scope)

@@ -331,16 +331,20 @@ class HeartbeatReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     READ_CONTEXT_FIELD_NUMBER: _builtins.int
+    COMMAND_VERSION_FIELD_NUMBER: _builtins.int
     read_context: _builtins.int
     """Of the heartbeat."""
+    command_version: _builtins.int
+    """Highest version of commands that the sender can apply; 0: its release does not tell."""
     def __init__(
         self,
         *,
         read_context: _builtins.int = ...,
+        command_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["read_context", b"read_context"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_version", b"command_version", "read_context", b"read_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -718,12 +722,15 @@ class DiscoverResponse(_message.Message):
     BOOTSTRAP_EXPECT_FIELD_NUMBER: _builtins.int
     ACCEPTED_CLUSTER_ID_FIELD_NUMBER: _builtins.int
     CONFIGURATION_FIELD_NUMBER: _builtins.int
+    COMMAND_VERSION_FIELD_NUMBER: _builtins.int
     cluster_id: _builtins.str
     """Its cluster; empty: none yet."""
     bootstrap_expect: _builtins.int
     """Its --bootstrap-expect; 0: it does not form a cluster."""
     accepted_cluster_id: _builtins.str
     """The formation it has accepted and that is not agreed by all yet; empty: none."""
+    command_version: _builtins.int
+    """Highest version of commands that it can apply; 0: its release does not tell."""
     @_builtins.property
     def member(self) -> Global___Member:
         """The member that answers."""
@@ -740,10 +747,11 @@ class DiscoverResponse(_message.Message):
         bootstrap_expect: _builtins.int = ...,
         accepted_cluster_id: _builtins.str = ...,
         configuration: Global___Configuration | None = ...,
+        command_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["configuration", b"configuration", "member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_cluster_id", b"accepted_cluster_id", "bootstrap_expect", b"bootstrap_expect", "cluster_id", b"cluster_id", "configuration", b"configuration", "member", b"member"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_cluster_id", b"accepted_cluster_id", "bootstrap_expect", b"bootstrap_expect", "cluster_id", b"cluster_id", "command_version", b"command_version", "configuration", b"configuration", "member", b"member"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -816,6 +824,9 @@ class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MEMBER_FIELD_NUMBER: _builtins.int
+    COMMAND_VERSION_FIELD_NUMBER: _builtins.int
+    command_version: _builtins.int
+    """Highest version of commands that it can apply; 0: its release does not tell."""
     @_builtins.property
     def member(self) -> Global___Member:
         """Who asks."""
@@ -824,10 +835,11 @@ class JoinRequest(_message.Message):
         self,
         *,
         member: Global___Member | None = ...,
+        command_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_version", b"command_version", "member", b"member"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

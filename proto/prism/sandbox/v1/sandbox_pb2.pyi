@@ -166,6 +166,54 @@ the call's deadline, past which the sandbox goes on being made.
 """
 Global___WaitUntil: _TypeAlias = WaitUntil  # noqa: Y015
 
+class _NetworkMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NetworkModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NetworkMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NETWORK_MODE_UNSPECIFIED: _NetworkMode.ValueType  # 0
+    """NONE."""
+    NETWORK_MODE_NONE: _NetworkMode.ValueType  # 1
+    """Loopback only."""
+    NETWORK_MODE_EGRESS: _NetworkMode.ValueType  # 2
+    """Connections out of it, to what is named and to nothing else."""
+
+class NetworkMode(_NetworkMode, metaclass=_NetworkModeEnumTypeWrapper):
+    """Whether a sandbox has a network."""
+
+NETWORK_MODE_UNSPECIFIED: NetworkMode.ValueType  # 0
+"""NONE."""
+NETWORK_MODE_NONE: NetworkMode.ValueType  # 1
+"""Loopback only."""
+NETWORK_MODE_EGRESS: NetworkMode.ValueType  # 2
+"""Connections out of it, to what is named and to nothing else."""
+Global___NetworkMode: _TypeAlias = NetworkMode  # noqa: Y015
+
+class _TransportProtocol:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransportProtocolEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TransportProtocol.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSPORT_PROTOCOL_UNSPECIFIED: _TransportProtocol.ValueType  # 0
+    """TCP and UDP."""
+    TRANSPORT_PROTOCOL_TCP: _TransportProtocol.ValueType  # 1
+    """TCP."""
+    TRANSPORT_PROTOCOL_UDP: _TransportProtocol.ValueType  # 2
+    """UDP."""
+
+class TransportProtocol(_TransportProtocol, metaclass=_TransportProtocolEnumTypeWrapper):
+    """What a rule lets through."""
+
+TRANSPORT_PROTOCOL_UNSPECIFIED: TransportProtocol.ValueType  # 0
+"""TCP and UDP."""
+TRANSPORT_PROTOCOL_TCP: TransportProtocol.ValueType  # 1
+"""TCP."""
+TRANSPORT_PROTOCOL_UDP: TransportProtocol.ValueType  # 2
+"""UDP."""
+Global___TransportProtocol: _TypeAlias = TransportProtocol  # noqa: Y015
+
 class _OutputStream:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -239,6 +287,7 @@ class Limits(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     PROCESSES_MAX_FIELD_NUMBER: _builtins.int
     OPEN_FILES_MAX_FIELD_NUMBER: _builtins.int
+    OUTPUT_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
     cpu_millicores: _builtins.int
     """Processor time in thousandths of a core; default 500, at most 256000."""
     memory_bytes: _builtins.int
@@ -249,6 +298,10 @@ class Limits(_message.Message):
     """Processes and threads; default 128."""
     open_files_max: _builtins.int
     """Open files per process; default 1024."""
+    output_bytes_per_second: _builtins.int
+    """Output of all execs together in bytes a second, at least 1 KiB; 0: as fast as it is read. What is
+    faster is slowed, and loses nothing; a tenth of a second's worth, or 64 KiB, may come at once.
+    """
     def __init__(
         self,
         *,
@@ -257,18 +310,146 @@ class Limits(_message.Message):
         disk_bytes: _builtins.int = ...,
         processes_max: _builtins.int = ...,
         open_files_max: _builtins.int = ...,
+        output_bytes_per_second: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_millicores", b"cpu_millicores", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes", "open_files_max", b"open_files_max", "processes_max", b"processes_max"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_millicores", b"cpu_millicores", "disk_bytes", b"disk_bytes", "memory_bytes", b"memory_bytes", "open_files_max", b"open_files_max", "output_bytes_per_second", b"output_bytes_per_second", "processes_max", b"processes_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
+class PortRange(_message.Message):
+    """Ports."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """1 to 65535."""
+    last: _builtins.int
+    """Not below `first`; 0: the same."""
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PortRange: _TypeAlias = PortRange  # noqa: Y015
+
+@_typing.final
+class EgressRule(_message.Message):
+    """Addresses that may be reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CIDR_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    cidr: _builtins.str
+    """IPv4, such as 203.0.113.0/24 or 203.0.113.7. Private, shared (100.64.0.0/10), link-local and
+    other special ranges are open only to rules that lie within one of them, metadata services and
+    the node's own addresses only to a rule for that one address.
+    """
+    protocol: Global___TransportProtocol.ValueType
+    """TCP, UDP or both."""
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PortRange]:
+        """At most 16; none: all."""
+
+    def __init__(
+        self,
+        *,
+        cidr: _builtins.str = ...,
+        ports: _abc.Iterable[Global___PortRange] | None = ...,
+        protocol: Global___TransportProtocol.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cidr", b"cidr", "ports", b"ports", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EgressRule: _TypeAlias = EgressRule  # noqa: Y015
+
+@_typing.final
+class EgressName(_message.Message):
+    """A name that may be looked up, and whose public addresses may then be reached."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as example.org; *.example.org: all below it; *: all names."""
+    protocol: Global___TransportProtocol.ValueType
+    """TCP, UDP or both."""
+    @_builtins.property
+    def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PortRange]:
+        """At most 16; none: all."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        ports: _abc.Iterable[Global___PortRange] | None = ...,
+        protocol: Global___TransportProtocol.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "ports", b"ports", "protocol", b"protocol"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EgressName: _TypeAlias = EgressName  # noqa: Y015
+
+@_typing.final
+class Network(_message.Message):
+    """A sandbox's network."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    mode: Global___NetworkMode.ValueType
+    """Whether there is one."""
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___EgressRule]:
+        """At most 32."""
+
+    @_builtins.property
+    def names(self) -> _containers.RepeatedCompositeFieldContainer[Global___EgressName]:
+        """At most 32; without any no name is looked up."""
+
+    def __init__(
+        self,
+        *,
+        mode: Global___NetworkMode.ValueType = ...,
+        rules: _abc.Iterable[Global___EgressRule] | None = ...,
+        names: _abc.Iterable[Global___EgressName] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "names", b"names", "rules", b"rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Network: _TypeAlias = Network  # noqa: Y015
+
+@_typing.final
 class SandboxSpec(_message.Message):
-    """What the user asked for. Only labels can change after creation."""
+    """What the user asked for. Only labels and limits can change after creation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -342,6 +523,7 @@ class SandboxSpec(_message.Message):
     ON_NODE_LOSS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     NODE_SELECTOR_FIELD_NUMBER: _builtins.int
+    NETWORK_FIELD_NUMBER: _builtins.int
     image: _builtins.str
     """Root filesystem. "host" (default): the node's system directories, read-only."""
     runtime: _builtins.str
@@ -376,6 +558,12 @@ class SandboxSpec(_message.Message):
     def node_selector(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that its node must have."""
 
+    @_builtins.property
+    def network(self) -> Global___Network:
+        """What it may reach; default nothing. With mode EGRESS only a node that can hold it to that takes
+        it.
+        """
+
     def __init__(
         self,
         *,
@@ -389,10 +577,11 @@ class SandboxSpec(_message.Message):
         on_node_loss: Global___OnNodeLoss.ValueType = ...,
         priority: _builtins.int = ...,
         node_selector: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        network: Global___Network | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_timeout", b"idle_timeout", "limits", b"limits", "ttl", b"ttl"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle_timeout", b"idle_timeout", "limits", b"limits", "network", b"network", "ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "idle_timeout", b"idle_timeout", "image", b"image", "labels", b"labels", "limits", b"limits", "node_selector", b"node_selector", "on_node_loss", b"on_node_loss", "priority", b"priority", "runtime", b"runtime", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["env", b"env", "idle_timeout", b"idle_timeout", "image", b"image", "labels", b"labels", "limits", b"limits", "network", b"network", "node_selector", b"node_selector", "on_node_loss", b"on_node_loss", "priority", b"priority", "runtime", b"runtime", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,6 +611,7 @@ class Sandbox(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     LAST_SEEN_TIME_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """System-made and never used again, such as "sb-0f3a…"."""
     name: _builtins.str
@@ -474,6 +664,10 @@ class Sandbox(_message.Message):
     def placement(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementRefusal]:
         """For PENDING: for each node, why it was not placed there."""
 
+    @_builtins.property
+    def usage(self) -> Global___SandboxUsage:
+        """What it uses: only in the answer to a GetSandbox that asks for it, where its node answers."""
+
     def __init__(
         self,
         *,
@@ -495,14 +689,90 @@ class Sandbox(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         last_seen_time: _timestamp_pb2.Timestamp | None = ...,
         placement: _abc.Iterable[Global___PlacementRefusal] | None = ...,
+        usage: Global___SandboxUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "last_seen_time", b"last_seen_time", "ready_time", b"ready_time", "schedule_time", b"schedule_time", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "last_seen_time", b"last_seen_time", "ready_time", b"ready_time", "schedule_time", b"schedule_time", "spec", b"spec", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "generation", b"generation", "id", b"id", "last_seen_time", b"last_seen_time", "message", b"message", "name", b"name", "node_id", b"node_id", "node_name", b"node_name", "placement", b"placement", "ready_time", b"ready_time", "reason", b"reason", "revision", b"revision", "runtime", b"runtime", "schedule_time", b"schedule_time", "spec", b"spec", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "generation", b"generation", "id", b"id", "last_seen_time", b"last_seen_time", "message", b"message", "name", b"name", "node_id", b"node_id", "node_name", b"node_name", "placement", b"placement", "ready_time", b"ready_time", "reason", b"reason", "revision", b"revision", "runtime", b"runtime", "schedule_time", b"schedule_time", "spec", b"spec", "state", b"state", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Sandbox: _TypeAlias = Sandbox  # noqa: Y015
+
+@_typing.final
+class SandboxUsage(_message.Message):
+    """What a sandbox uses, measured by its node. A number that the node cannot know is absent: without
+    cgroups that is all but the disk.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOX_ID_FIELD_NUMBER: _builtins.int
+    MEASURE_TIME_FIELD_NUMBER: _builtins.int
+    CPU_TIME_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    DISK_BYTES_FIELD_NUMBER: _builtins.int
+    OOM_KILLS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    sandbox_id: _builtins.str
+    """The sandbox."""
+    memory_bytes: _builtins.int
+    """Memory in bytes, with its files and what the kernel keeps for it."""
+    processes: _builtins.int
+    """Processes and threads."""
+    disk_bytes: _builtins.int
+    """Bytes in /workspace."""
+    oom_kills: _builtins.int
+    """Processes that the kernel has killed since it was made there because its memory was used up."""
+    @_builtins.property
+    def measure_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was measured."""
+
+    @_builtins.property
+    def cpu_time(self) -> _duration_pb2.Duration:
+        """Processor time of all its processes since it was made there; the difference of two
+        measurements is how much it uses.
+        """
+
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """What its node holds it to now. `disk_bytes` is the size of /workspace."""
+
+    def __init__(
+        self,
+        *,
+        sandbox_id: _builtins.str = ...,
+        measure_time: _timestamp_pb2.Timestamp | None = ...,
+        cpu_time: _duration_pb2.Duration | None = ...,
+        memory_bytes: _builtins.int | None = ...,
+        processes: _builtins.int | None = ...,
+        disk_bytes: _builtins.int | None = ...,
+        oom_kills: _builtins.int | None = ...,
+        limits: Global___Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_memory_bytes", b"_memory_bytes", "_oom_kills", b"_oom_kills", "_processes", b"_processes", "cpu_time", b"cpu_time", "disk_bytes", b"disk_bytes", "limits", b"limits", "measure_time", b"measure_time", "memory_bytes", b"memory_bytes", "oom_kills", b"oom_kills", "processes", b"processes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes", "_memory_bytes", b"_memory_bytes", "_oom_kills", b"_oom_kills", "_processes", b"_processes", "cpu_time", b"cpu_time", "disk_bytes", b"disk_bytes", "limits", b"limits", "measure_time", b"measure_time", "memory_bytes", b"memory_bytes", "oom_kills", b"oom_kills", "processes", b"processes", "sandbox_id", b"sandbox_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__disk_bytes: _TypeAlias = _typing.Literal["disk_bytes"]  # noqa: Y015
+    _WhichOneofArgType__disk_bytes: _TypeAlias = _typing.Literal["_disk_bytes", b"_disk_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__oom_kills: _TypeAlias = _typing.Literal["oom_kills"]  # noqa: Y015
+    _WhichOneofArgType__oom_kills: _TypeAlias = _typing.Literal["_oom_kills", b"_oom_kills"]  # noqa: Y015
+    _WhichOneofReturnType__processes: _TypeAlias = _typing.Literal["processes"]  # noqa: Y015
+    _WhichOneofArgType__processes: _TypeAlias = _typing.Literal["_processes", b"_processes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disk_bytes) -> _WhichOneofReturnType__disk_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__oom_kills) -> _WhichOneofReturnType__oom_kills | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__processes) -> _WhichOneofReturnType__processes | None: ...
+
+Global___SandboxUsage: _TypeAlias = SandboxUsage  # noqa: Y015
 
 @_typing.final
 class PlacementRefusal(_message.Message):
@@ -664,23 +934,79 @@ class GetSandboxRequest(_message.Message):
 
     SANDBOX_FIELD_NUMBER: _builtins.int
     CONSISTENCY_FIELD_NUMBER: _builtins.int
+    WITH_USAGE_FIELD_NUMBER: _builtins.int
     sandbox: _builtins.str
     """Id, name, or unique prefix of either."""
     consistency: Global___Consistency.ValueType
     """How fresh."""
+    with_usage: _builtins.bool
+    """Ask its node what it uses, if it is READY or PAUSED; waits for that 2 s at most."""
     def __init__(
         self,
         *,
         sandbox: _builtins.str = ...,
         consistency: Global___Consistency.ValueType = ...,
+        with_usage: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "sandbox", b"sandbox"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "sandbox", b"sandbox", "with_usage", b"with_usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetSandboxRequest: _TypeAlias = GetSandboxRequest  # noqa: Y015
+
+@_typing.final
+class MeasureSandboxesRequest(_message.Message):
+    """Asks what sandboxes use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    SANDBOX_IDS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Id or name of their node; not needed on an agent's own port."""
+    @_builtins.property
+    def sandbox_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Their ids, at most 1,000; those that have no processes there are left out. Empty: all."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        sandbox_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "sandbox_ids", b"sandbox_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureSandboxesRequest: _TypeAlias = MeasureSandboxesRequest  # noqa: Y015
+
+@_typing.final
+class MeasureSandboxesResponse(_message.Message):
+    """What sandboxes use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SandboxUsage]:
+        """In no order."""
+
+    def __init__(
+        self,
+        *,
+        usages: _abc.Iterable[Global___SandboxUsage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["usages", b"usages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureSandboxesResponse: _TypeAlias = MeasureSandboxesResponse  # noqa: Y015
 
 @_typing.final
 class ListSandboxesRequest(_message.Message):
@@ -715,7 +1041,9 @@ class ListSandboxesRequest(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Results a page; default 50, at most 1,000."""
+    """Results a page; default 50, at most 1,000. There may be fewer, also none, on any page where
+    filters keep few; only an empty next_page_token says that it is the last.
+    """
     page_token: _builtins.str
     """next_page_token of the page before, with the same filters."""
     consistency: Global___Consistency.ValueType
@@ -890,6 +1218,7 @@ class UpdateSandboxRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     sandbox: _builtins.str
     """Id or exact name."""
     request_id: _builtins.str
@@ -902,6 +1231,14 @@ class UpdateSandboxRequest(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """New end of life."""
 
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """New limits; 0 leaves one as it is. `open_files_max` cannot change. The node must have room for
+        what is added: RESOURCE_EXHAUSTED, reason NO_CAPACITY. A READY or PAUSED sandbox is held to
+        them soon after; memory below what it uses is taken back by the kernel, which kills processes
+        of it (OUT_OF_MEMORY) where it cannot.
+        """
+
     def __init__(
         self,
         *,
@@ -909,10 +1246,11 @@ class UpdateSandboxRequest(_message.Message):
         request_id: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        limits: Global___Limits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "labels", b"labels", "request_id", b"request_id", "sandbox", b"sandbox"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "labels", b"labels", "limits", b"limits", "request_id", b"request_id", "sandbox", b"sandbox"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1691,6 +2029,106 @@ class StreamLogsResponse(_message.Message):
 Global___StreamLogsResponse: _TypeAlias = StreamLogsResponse  # noqa: Y015
 
 @_typing.final
+class ForwardPortStart(_message.Message):
+    """Where to connect."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOX_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    sandbox: _builtins.str
+    """Id or exact name of a READY sandbox."""
+    port: _builtins.int
+    """1 to 65535."""
+    def __init__(
+        self,
+        *,
+        sandbox: _builtins.str = ...,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["port", b"port", "sandbox", b"sandbox"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForwardPortStart: _TypeAlias = ForwardPortStart  # noqa: Y015
+
+@_typing.final
+class ForwardPortRequest(_message.Message):
+    """From the client of a port."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    EOF_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Bytes, at most 1 MiB a message."""
+    @_builtins.property
+    def start(self) -> Global___ForwardPortStart:
+        """First, and only once."""
+
+    @_builtins.property
+    def eof(self) -> _empty_pb2.Empty:
+        """The client sends no more; the sandbox sees the end of the stream, and may go on sending. The
+        end of the requests alone says nothing.
+        """
+
+    def __init__(
+        self,
+        *,
+        start: Global___ForwardPortStart | None = ...,
+        data: _builtins.bytes = ...,
+        eof: _empty_pb2.Empty | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eof", b"eof", "request", b"request", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "eof", b"eof", "request", b"request", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["start", "data", "eof"]  # noqa: Y015
+    _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
+
+Global___ForwardPortRequest: _TypeAlias = ForwardPortRequest  # noqa: Y015
+
+@_typing.final
+class ForwardPortResponse(_message.Message):
+    """To the client of a port. The call ends once both sides have sent `eof`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    EOF_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """Bytes."""
+    @_builtins.property
+    def connected(self) -> _empty_pb2.Empty:
+        """First."""
+
+    @_builtins.property
+    def eof(self) -> _empty_pb2.Empty:
+        """The sandbox sends no more."""
+
+    def __init__(
+        self,
+        *,
+        connected: _empty_pb2.Empty | None = ...,
+        data: _builtins.bytes = ...,
+        eof: _empty_pb2.Empty | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "data", b"data", "eof", b"eof", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "data", b"data", "eof", b"eof", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_response: _TypeAlias = _typing.Literal["connected", "data", "eof"]  # noqa: Y015
+    _WhichOneofArgType_response: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_response) -> _WhichOneofReturnType_response | None: ...
+
+Global___ForwardPortResponse: _TypeAlias = ForwardPortResponse  # noqa: Y015
+
+@_typing.final
 class FileInfo(_message.Message):
     """One path inside a sandbox."""
 
@@ -1701,6 +2139,7 @@ class FileInfo(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     MODIFY_TIME_FIELD_NUMBER: _builtins.int
+    LINK_TARGET_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Absolute path inside the sandbox."""
     type: Global___FileType.ValueType
@@ -1709,6 +2148,8 @@ class FileInfo(_message.Message):
     """Bytes."""
     mode: _builtins.int
     """Permission bits."""
+    link_target: _builtins.str
+    """Of a symbolic link: what it holds."""
     @_builtins.property
     def modify_time(self) -> _timestamp_pb2.Timestamp:
         """Last change of its contents."""
@@ -1721,10 +2162,11 @@ class FileInfo(_message.Message):
         size_bytes: _builtins.int = ...,
         mode: _builtins.int = ...,
         modify_time: _timestamp_pb2.Timestamp | None = ...,
+        link_target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["modify_time", b"modify_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "modify_time", b"modify_time", "path", b"path", "size_bytes", b"size_bytes", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["link_target", b"link_target", "mode", b"mode", "modify_time", b"modify_time", "path", b"path", "size_bytes", b"size_bytes", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1788,6 +2230,7 @@ class WriteFileRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    MODIFY_TIME_FIELD_NUMBER: _builtins.int
     sandbox: _builtins.str
     """Id or exact name."""
     path: _builtins.str
@@ -1796,6 +2239,10 @@ class WriteFileRequest(_message.Message):
     """Permission bits, at most 0777; default 0644."""
     data: _builtins.bytes
     """At most 1 MiB."""
+    @_builtins.property
+    def modify_time(self) -> _timestamp_pb2.Timestamp:
+        """In the first message: the file's time of last change; absent: when it is complete."""
+
     def __init__(
         self,
         *,
@@ -1803,10 +2250,11 @@ class WriteFileRequest(_message.Message):
         path: _builtins.str = ...,
         mode: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        modify_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["modify_time", b"modify_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mode", b"mode", "path", b"path", "sandbox", b"sandbox"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mode", b"mode", "modify_time", b"modify_time", "path", b"path", "sandbox", b"sandbox"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1897,22 +2345,26 @@ class MakeDirectoryRequest(_message.Message):
     SANDBOX_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     PARENTS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
     sandbox: _builtins.str
     """Id or exact name."""
     path: _builtins.str
     """Absolute path."""
     parents: _builtins.bool
     """Make missing parents; an existing directory is success."""
+    mode: _builtins.int
+    """Permission bits of the last part if it is made, at most 0777; default 0755."""
     def __init__(
         self,
         *,
         sandbox: _builtins.str = ...,
         path: _builtins.str = ...,
         parents: _builtins.bool = ...,
+        mode: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["parents", b"parents", "path", b"path", "sandbox", b"sandbox"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "parents", b"parents", "path", b"path", "sandbox", b"sandbox"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1977,3 +2429,33 @@ class RemoveFileRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RemoveFileRequest: _TypeAlias = RemoveFileRequest  # noqa: Y015
+
+@_typing.final
+class MakeLinkRequest(_message.Message):
+    """Asks for a symbolic link."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SANDBOX_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    sandbox: _builtins.str
+    """Id or exact name."""
+    path: _builtins.str
+    """Absolute path of the link."""
+    target: _builtins.str
+    """What it holds; any text, and it need not lead anywhere."""
+    def __init__(
+        self,
+        *,
+        sandbox: _builtins.str = ...,
+        path: _builtins.str = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "sandbox", b"sandbox", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MakeLinkRequest: _TypeAlias = MakeLinkRequest  # noqa: Y015

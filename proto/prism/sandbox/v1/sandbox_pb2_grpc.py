@@ -61,6 +61,11 @@ class SandboxServiceStub(object):
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.WatchSandboxesRequest.SerializeToString,
                 response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.WatchSandboxesResponse.FromString,
                 _registered_method=True)
+        self.MeasureSandboxes = channel.unary_unary(
+                '/prism.sandbox.v1.SandboxService/MeasureSandboxes',
+                request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesRequest.SerializeToString,
+                response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesResponse.FromString,
+                _registered_method=True)
         self.UpdateSandbox = channel.unary_unary(
                 '/prism.sandbox.v1.SandboxService/UpdateSandbox',
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.UpdateSandboxRequest.SerializeToString,
@@ -126,6 +131,11 @@ class SandboxServiceStub(object):
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsRequest.SerializeToString,
                 response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsResponse.FromString,
                 _registered_method=True)
+        self.ForwardPort = channel.stream_stream(
+                '/prism.sandbox.v1.SandboxService/ForwardPort',
+                request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortRequest.SerializeToString,
+                response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortResponse.FromString,
+                _registered_method=True)
         self.ReadFile = channel.unary_stream(
                 '/prism.sandbox.v1.SandboxService/ReadFile',
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ReadFileRequest.SerializeToString,
@@ -160,6 +170,11 @@ class SandboxServiceStub(object):
                 '/prism.sandbox.v1.SandboxService/RemoveFile',
                 request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.RemoveFileRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.MakeLink = channel.unary_unary(
+                '/prism.sandbox.v1.SandboxService/MakeLink',
+                request_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MakeLinkRequest.SerializeToString,
+                response_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.FileInfo.FromString,
                 _registered_method=True)
 
 
@@ -202,8 +217,15 @@ class SandboxServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MeasureSandboxes(self, request, context):
+        """Measures the sandboxes of one node that have processes, now. UNAVAILABLE if it does not answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateSandbox(self, request, context):
-        """Changes labels or the deadline.
+        """Changes labels, the deadline or limits. Nothing is changed if any part of it cannot be.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -293,6 +315,16 @@ class SandboxServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForwardPort(self, request_iterator, context):
+        """Opens one TCP connection to a port on 127.0.0.1 inside a READY sandbox, and passes bytes both
+        ways; it has no network for this. The first request is `start`, the first response `connected`.
+        FAILED_PRECONDITION, reason PORT_CLOSED, where nothing listens. An open stream keeps the sandbox
+        from being idle.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadFile(self, request, context):
         """Streams a regular file, as long as it was when the call began. Like every file call it is for a
         sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
@@ -345,6 +377,13 @@ class SandboxServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MakeLink(self, request, context):
+        """Makes a symbolic link, in place of a file or link that is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SandboxServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -372,6 +411,11 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.WatchSandboxes,
                     request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.WatchSandboxesRequest.FromString,
                     response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.WatchSandboxesResponse.SerializeToString,
+            ),
+            'MeasureSandboxes': grpc.unary_unary_rpc_method_handler(
+                    servicer.MeasureSandboxes,
+                    request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesRequest.FromString,
+                    response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesResponse.SerializeToString,
             ),
             'UpdateSandbox': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateSandbox,
@@ -438,6 +482,11 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsRequest.FromString,
                     response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.StreamLogsResponse.SerializeToString,
             ),
+            'ForwardPort': grpc.stream_stream_rpc_method_handler(
+                    servicer.ForwardPort,
+                    request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortRequest.FromString,
+                    response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortResponse.SerializeToString,
+            ),
             'ReadFile': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadFile,
                     request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ReadFileRequest.FromString,
@@ -472,6 +521,11 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.RemoveFile,
                     request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.RemoveFileRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'MakeLink': grpc.unary_unary_rpc_method_handler(
+                    servicer.MakeLink,
+                    request_deserializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MakeLinkRequest.FromString,
+                    response_serializer=prism_dot_sandbox_dot_v1_dot_sandbox__pb2.FileInfo.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -610,6 +664,33 @@ class SandboxService(object):
             '/prism.sandbox.v1.SandboxService/WatchSandboxes',
             prism_dot_sandbox_dot_v1_dot_sandbox__pb2.WatchSandboxesRequest.SerializeToString,
             prism_dot_sandbox_dot_v1_dot_sandbox__pb2.WatchSandboxesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MeasureSandboxes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prism.sandbox.v1.SandboxService/MeasureSandboxes',
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesRequest.SerializeToString,
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MeasureSandboxesResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -972,6 +1053,33 @@ class SandboxService(object):
             _registered_method=True)
 
     @staticmethod
+    def ForwardPort(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/prism.sandbox.v1.SandboxService/ForwardPort',
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortRequest.SerializeToString,
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.ForwardPortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ReadFile(request,
             target,
             options=(),
@@ -1150,6 +1258,33 @@ class SandboxService(object):
             '/prism.sandbox.v1.SandboxService/RemoveFile',
             prism_dot_sandbox_dot_v1_dot_sandbox__pb2.RemoveFileRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MakeLink(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prism.sandbox.v1.SandboxService/MakeLink',
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.MakeLinkRequest.SerializeToString,
+            prism_dot_sandbox_dot_v1_dot_sandbox__pb2.FileInfo.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,8 +49,10 @@ class SandboxServiceStub:
     """Lists sandboxes in order of creation, a page at a time."""
     WatchSandboxes: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.WatchSandboxesRequest, _sandbox_pb2.WatchSandboxesResponse]
     """Streams every change after a revision. OUT_OF_RANGE when that revision is compacted."""
+    MeasureSandboxes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MeasureSandboxesRequest, _sandbox_pb2.MeasureSandboxesResponse]
+    """Measures the sandboxes of one node that have processes, now. UNAVAILABLE if it does not answer."""
     UpdateSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.UpdateSandboxRequest, _sandbox_pb2.Sandbox]
-    """Changes labels or the deadline."""
+    """Changes labels, the deadline or limits. Nothing is changed if any part of it cannot be."""
     StopSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StopSandboxRequest, _sandbox_pb2.Sandbox]
     """Ends all processes of a READY sandbox and keeps its files."""
     StartSandbox: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.StartSandboxRequest, _sandbox_pb2.Sandbox]
@@ -75,6 +77,12 @@ class SandboxServiceStub:
     """Sends a signal to all processes of an exec."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]
     """Streams what a sandbox's execs have written, and with `follow` what they go on to write."""
+    ForwardPort: _grpc.StreamStreamMultiCallable[_sandbox_pb2.ForwardPortRequest, _sandbox_pb2.ForwardPortResponse]
+    """Opens one TCP connection to a port on 127.0.0.1 inside a READY sandbox, and passes bytes both
+    ways; it has no network for this. The first request is `start`, the first response `connected`.
+    FAILED_PRECONDITION, reason PORT_CLOSED, where nothing listens. An open stream keeps the sandbox
+    from being idle.
+    """
     ReadFile: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]
     """Streams a regular file, as long as it was when the call began. Like every file call it is for a
     sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
@@ -94,6 +102,8 @@ class SandboxServiceStub:
     """Renames a path; a file at the target is replaced."""
     RemoveFile: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]
     """Removes a path; without `recursive` a directory must be empty."""
+    MakeLink: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.MakeLinkRequest, _sandbox_pb2.FileInfo]
+    """Makes a symbolic link, in place of a file or link that is there."""
 
 @_typing.type_check_only
 class SandboxServiceAsyncStub(SandboxServiceStub):
@@ -110,8 +120,10 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Lists sandboxes in order of creation, a page at a time."""
     WatchSandboxes: _aio.UnaryStreamMultiCallable[_sandbox_pb2.WatchSandboxesRequest, _sandbox_pb2.WatchSandboxesResponse]  # type: ignore[assignment]
     """Streams every change after a revision. OUT_OF_RANGE when that revision is compacted."""
+    MeasureSandboxes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MeasureSandboxesRequest, _sandbox_pb2.MeasureSandboxesResponse]  # type: ignore[assignment]
+    """Measures the sandboxes of one node that have processes, now. UNAVAILABLE if it does not answer."""
     UpdateSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.UpdateSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
-    """Changes labels or the deadline."""
+    """Changes labels, the deadline or limits. Nothing is changed if any part of it cannot be."""
     StopSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StopSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
     """Ends all processes of a READY sandbox and keeps its files."""
     StartSandbox: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.StartSandboxRequest, _sandbox_pb2.Sandbox]  # type: ignore[assignment]
@@ -136,6 +148,12 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Sends a signal to all processes of an exec."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_sandbox_pb2.StreamLogsRequest, _sandbox_pb2.StreamLogsResponse]  # type: ignore[assignment]
     """Streams what a sandbox's execs have written, and with `follow` what they go on to write."""
+    ForwardPort: _aio.StreamStreamMultiCallable[_sandbox_pb2.ForwardPortRequest, _sandbox_pb2.ForwardPortResponse]  # type: ignore[assignment]
+    """Opens one TCP connection to a port on 127.0.0.1 inside a READY sandbox, and passes bytes both
+    ways; it has no network for this. The first request is `start`, the first response `connected`.
+    FAILED_PRECONDITION, reason PORT_CLOSED, where nothing listens. An open stream keeps the sandbox
+    from being idle.
+    """
     ReadFile: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ReadFileRequest, _sandbox_pb2.ReadFileResponse]  # type: ignore[assignment]
     """Streams a regular file, as long as it was when the call began. Like every file call it is for a
     sandbox that is READY or PAUSED, acts with the rights of the sandbox's user, and resolves every
@@ -155,6 +173,8 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Renames a path; a file at the target is replaced."""
     RemoveFile: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RemoveFileRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Removes a path; without `recursive` a directory must be empty."""
+    MakeLink: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.MakeLinkRequest, _sandbox_pb2.FileInfo]  # type: ignore[assignment]
+    """Makes a symbolic link, in place of a file or link that is there."""
 
 class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
     """The lifecycle of sandboxes, and the data path into them."""
@@ -200,12 +220,20 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams every change after a revision. OUT_OF_RANGE when that revision is compacted."""
 
     @_abc_1.abstractmethod
+    def MeasureSandboxes(
+        self,
+        request: _sandbox_pb2.MeasureSandboxesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.MeasureSandboxesResponse, _abc.Awaitable[_sandbox_pb2.MeasureSandboxesResponse]]:
+        """Measures the sandboxes of one node that have processes, now. UNAVAILABLE if it does not answer."""
+
+    @_abc_1.abstractmethod
     def UpdateSandbox(
         self,
         request: _sandbox_pb2.UpdateSandboxRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.Sandbox, _abc.Awaitable[_sandbox_pb2.Sandbox]]:
-        """Changes labels or the deadline."""
+        """Changes labels, the deadline or limits. Nothing is changed if any part of it cannot be."""
 
     @_abc_1.abstractmethod
     def StopSandbox(
@@ -304,6 +332,18 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         """Streams what a sandbox's execs have written, and with `follow` what they go on to write."""
 
     @_abc_1.abstractmethod
+    def ForwardPort(
+        self,
+        request_iterator: _MaybeAsyncIterator[_sandbox_pb2.ForwardPortRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ForwardPortResponse], _abc.AsyncIterator[_sandbox_pb2.ForwardPortResponse]]:
+        """Opens one TCP connection to a port on 127.0.0.1 inside a READY sandbox, and passes bytes both
+        ways; it has no network for this. The first request is `start`, the first response `connected`.
+        FAILED_PRECONDITION, reason PORT_CLOSED, where nothing listens. An open stream keeps the sandbox
+        from being idle.
+        """
+
+    @_abc_1.abstractmethod
     def ReadFile(
         self,
         request: _sandbox_pb2.ReadFileRequest,
@@ -363,5 +403,13 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Removes a path; without `recursive` a directory must be empty."""
+
+    @_abc_1.abstractmethod
+    def MakeLink(
+        self,
+        request: _sandbox_pb2.MakeLinkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.FileInfo, _abc.Awaitable[_sandbox_pb2.FileInfo]]:
+        """Makes a symbolic link, in place of a file or link that is there."""
 
 def add_SandboxServiceServicer_to_server(servicer: SandboxServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
