@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-CONTROLLERS: Final = ("memory", "pids", "cpu")
-#: A controller of version 1 only, and only needed to pause.
-_FREEZER: Final = "freezer"
+from prism_agent.cgroup_mounts import ACCOUNTING, CONTROLLERS, FREEZER, CgroupMounts, read_mounts
+
 _CPU_PERIOD_US: Final = 100_000
 #: The supervisor and bwrap's monitor count as processes of the sandbox, and are not its own.
-_PROCESSES_OWN: Final = 2
+PROCESSES_OWN: Final = 2
 _KILL_TIMEOUT_S: Final = 10.0
 #: A process that waits for a disk freezes when it has what it waits for.
 _FREEZE_TIMEOUT_S: Final = 5.0
@@ -38,11 +37,18 @@ class CgroupLimits:
 
 @dataclass(frozen=True, slots=True)
 class CgroupUsage:
-    """What it uses, and what happened."""
+    """What it uses, and what happened.
+
+    Attributes:
+        cpu_ns: Processor time since it was made; None: nothing counts it.
+        memory_limit_bytes: What the kernel holds it to.
+    """
 
     memory_bytes: int = 0
     processes: int = 0
     oom_kills: int = 0
+    cpu_ns: int | None = None
+    memory_limit_bytes: int = 0
 
 
 class Cgroups(Protocol):
@@ -51,13 +57,23 @@ class Cgroups(Protocol):
     description: str
 
     def create(self, name: str, limits: CgroupLimits) -> None:
-        """Make a sandbox's cgroup, or set the limits of the one that there is."""
+        """Make a sandbox's cgroup, or thaw the one that there is; and set its limits."""
+
+    def limit(self, name: str, limits: CgroupLimits) -> None:
+        """Set the limits of a sandbox that may run, or be frozen.
+
+        Raises:
+            OSError: Not all could be set; version 1 takes no memory limit below what is in use.
+        """
 
     def procs_files(self, name: str) -> Sequence[Path]:
         """Return the files that a process writes 0 to in order to enter."""
 
     def usage(self, name: str) -> CgroupUsage:
         """Measure."""
+
+    def total(self) -> CgroupUsage:
+        """Measure all sandboxes together, with those of the past in what is counted."""
 
     def pids(self, name: str) -> set[int]:
         """Return the processes in it."""
@@ -98,6 +114,13 @@ def _read_number(path: Path) -> int:
     return int(text) if text.isdigit() else 0
 
 
+def _nanoseconds(path: Path, field: str = "", scale: int = 1) -> int | None:
+    """Return a count of time; None: there is none."""
+    if not path.exists():
+        return None
+    return (_read_field(path, field) if field else _read_number(path)) * scale
+
+
 def _read_field(path: Path, field: str) -> int:
     try:
         lines = path.read_text(encoding="ascii").splitlines()
@@ -119,6 +142,11 @@ class _Directories:
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self._roots = list(roots)
+        #: Those of sandboxes that are gone.
+        self._oom_kills_removed = 0
+
+    def _oom_kills(self, name: str) -> int:
+        raise NotImplementedError
 
     def _paths(self, name: str) -> list[Path]:
         return [root / name for root in self._roots]
@@ -197,6 +225,7 @@ class _Directories:
 
     def remove(self, name: str) -> None:
         self.kill(name)
+        self._oom_kills_removed += self._oom_kills(name)
         for path in self._paths(name):
             _remove_directory(path)
 
@@ -243,17 +272,17 @@ class CgroupsV1(_Directories):
         self.description = f"cgroup v1: {', '.join(mounts)}"
 
     def create(self, name: str, limits: CgroupLimits) -> None:
-        """Make it, or set its limits anew."""
+        """Make it, or thaw it; and set its limits."""
         for path in self._paths(name):
             path.mkdir(parents=True, exist_ok=True)
         self.thaw(name)
-        memory = self._controllers["memory"] / name
-        _write(memory / "memory.limit_in_bytes", str(limits.memory_bytes))
-        with contextlib.suppress(FileNotFoundError):
-            # There where swap is accounted; without swap the first limit is all.
-            _write(memory / "memory.memsw.limit_in_bytes", str(limits.memory_bytes))
+        self.limit(name, limits)
+
+    def limit(self, name: str, limits: CgroupLimits) -> None:
+        """Set its limits."""
+        self._limit_memory(self._controllers["memory"] / name, limits.memory_bytes)
         if "pids" in self._controllers:
-            pids_max = limits.processes_max + _PROCESSES_OWN
+            pids_max = limits.processes_max + PROCESSES_OWN
             _write(self._controllers["pids"] / name / "pids.max", str(pids_max))
         if "cpu" in self._controllers:
             cpu = self._controllers["cpu"] / name
@@ -261,10 +290,25 @@ class CgroupsV1(_Directories):
             _write(cpu / "cpu.cfs_period_us", str(_CPU_PERIOD_US))
             _write(cpu / "cpu.cfs_quota_us", str(max(quota_us, 1000)))
 
+    def _limit_memory(self, memory: Path, size_bytes: int) -> None:
+        """Set both limits, of which that with swap is never the lower one."""
+        both = memory / "memory.memsw.limit_in_bytes"
+        files = [memory / "memory.limit_in_bytes"]
+        if both.exists():  # there where swap is accounted; without swap the first limit is all
+            files.insert(1 if size_bytes <= _read_number(both) else 0, both)
+        try:
+            for file in files:
+                _write(file, str(size_bytes))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            text = f"it uses more memory than {size_bytes >> 20} MiB, and the kernel frees no more"
+            raise OSError(errno.EBUSY, text) from None
+
     _freeze_words = ("FROZEN", "THAWED")
 
     def _freezer(self, name: str) -> Path | None:
-        root = self._controllers.get("freezer")
+        root = self._controllers.get(FREEZER)
         return root / name / "freezer.state" if root is not None else None
 
     def _frozen(self, name: str) -> bool:
@@ -279,7 +323,25 @@ class CgroupsV1(_Directories):
             processes=_read_number(self._controllers["pids"] / name / "pids.current")
             if "pids" in self._controllers
             else len(self.pids(name)),
-            oom_kills=_read_field(memory / "memory.oom_control", "oom_kill"),
+            oom_kills=self._oom_kills(name),
+            cpu_ns=self._cpu_ns(name),
+            memory_limit_bytes=_read_number(memory / "memory.limit_in_bytes"),
+        )
+
+    def _oom_kills(self, name: str) -> int:
+        memory = self._controllers["memory"] / name
+        return _read_field(memory / "memory.oom_control", "oom_kill")
+
+    def _cpu_ns(self, name: str) -> int | None:
+        root = self._controllers.get(ACCOUNTING)
+        return None if root is None else _nanoseconds(root / name / "cpuacct.usage")
+
+    def total(self) -> CgroupUsage:
+        """Measure all; what the kernel killed it counts for each sandbox only."""
+        return CgroupUsage(
+            memory_bytes=_read_number(self._controllers["memory"] / "memory.usage_in_bytes"),
+            oom_kills=self._oom_kills_removed + sum(map(self._oom_kills, self.names())),
+            cpu_ns=self._cpu_ns("."),
         )
 
     def _forbid_forks(self, name: str) -> None:
@@ -297,14 +359,18 @@ class CgroupsV2(_Directories):
         self.description = "cgroup v2"
 
     def create(self, name: str, limits: CgroupLimits) -> None:
-        """Make it, or set its limits anew."""
-        path = self._root / name
-        path.mkdir(parents=True, exist_ok=True)
+        """Make it, or thaw it; and set its limits."""
+        (self._root / name).mkdir(parents=True, exist_ok=True)
         self.thaw(name)
+        self.limit(name, limits)
+
+    def limit(self, name: str, limits: CgroupLimits) -> None:
+        """Set its limits."""
+        path = self._root / name
         _write(path / "memory.max", str(limits.memory_bytes))
         with contextlib.suppress(FileNotFoundError):
             _write(path / "memory.swap.max", "0")
-        _write(path / "pids.max", str(limits.processes_max + _PROCESSES_OWN))
+        _write(path / "pids.max", str(limits.processes_max + PROCESSES_OWN))
         quota_us = max(limits.cpu_millicores * _CPU_PERIOD_US // 1000, 1000)
         _write(path / "cpu.max", f"{quota_us} {_CPU_PERIOD_US}")
 
@@ -320,7 +386,20 @@ class CgroupsV2(_Directories):
         return CgroupUsage(
             memory_bytes=_read_number(path / "memory.current"),
             processes=_read_number(path / "pids.current"),
-            oom_kills=_read_field(path / "memory.events", "oom_kill"),
+            oom_kills=self._oom_kills(name),
+            cpu_ns=_nanoseconds(path / "cpu.stat", "usage_usec", 1000),
+            memory_limit_bytes=_read_number(path / "memory.max"),
+        )
+
+    def _oom_kills(self, name: str) -> int:
+        return _read_field(self._root / name / "memory.events", "oom_kill")
+
+    def total(self) -> CgroupUsage:
+        """Measure all; version 2 counts it for the agent's own cgroup, with what is gone."""
+        return CgroupUsage(
+            memory_bytes=_read_number(self._root / "memory.current"),
+            oom_kills=self._oom_kills("."),
+            cpu_ns=_nanoseconds(self._root / "cpu.stat", "usage_usec", 1000),
         )
 
     def _forbid_forks(self, name: str) -> None:
@@ -333,38 +412,6 @@ class CgroupsV2(_Directories):
 
 
 # ── finding them ──
-
-
-@dataclass(frozen=True, slots=True)
-class CgroupMounts:
-    """Where cgroups are mounted, and where this process is in them."""
-
-    v1: dict[str, Path]
-    v2: Path | None
-    own_v2: str = "/"
-
-
-def read_mounts(mountinfo: str, own: str) -> CgroupMounts:
-    """Read /proc/self/mountinfo and /proc/self/cgroup."""
-    v1: dict[str, Path] = {}
-    v2: Path | None = None
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        fields, rest = before.split(), after.split()
-        if len(fields) < 5 or len(rest) < 3:
-            continue
-        point = Path(fields[4].replace("\\040", " "))
-        if rest[0] == "cgroup2":
-            v2 = v2 or point
-        elif rest[0] == "cgroup":
-            for option in rest[2].split(","):
-                if option in (*CONTROLLERS, _FREEZER):
-                    v1.setdefault(option, point)
-    own_v2 = "/"
-    for line in own.splitlines():
-        if line.startswith("0::"):
-            own_v2 = line[3:]
-    return CgroupMounts(v1, v2, own_v2)
 
 
 def _prepare_v2(parent: Path, agent: str) -> Path:

@@ -29,6 +29,17 @@ class NodeState(msgspec.Struct, kw_only=True):
         return 0 < self.lease_until_s <= now_s
 
 
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of it.
+
+    Raises:
+        OSError: A part of it may be written.
+    """
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def write_atomically(path: Path, content: bytes, durable: bool) -> None:
     """Replace a file so that a reader finds the old or the new contents, never half of it.
 
@@ -40,9 +51,7 @@ def write_atomically(path: Path, content: bytes, durable: bool) -> None:
     temporary = path.with_name(f".{path.name}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        view = memoryview(content)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        write_all(descriptor, content)
         if durable:
             os.fsync(descriptor)
     finally:

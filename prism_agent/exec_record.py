@@ -126,8 +126,8 @@ class Exec:
 
     def remove(self) -> None:
         """Remove its files."""
-        self.ring_path.unlink(missing_ok=True)
-        self.record_path.unlink(missing_ok=True)
+        for path in (self.ring_path, self.record_path, self.ring_path.with_suffix(".in")):
+            path.unlink(missing_ok=True)
 
     def exit(self) -> sandbox_pb2.ExecExit | None:
         """Return how it ended, as the kernel said it; None: it runs, or its end is not known."""

@@ -15,6 +15,7 @@ from prism_agent import limits
 from prism_agent.exec_record import Exec, ExecRecord, digest_of, load_execs, sweep_rings
 from prism_agent.metrics import AgentMetrics
 from prism_agent.runtime.base import Running, Usage
+from prism_agent.shared_files import SharedFiles
 from prism_agent.supervisor import protocol
 from prism_agent.supervisor.client import SupervisorClient
 from prism_agent.supervisor.protocol import Event, Message, Reason, Request, State
@@ -60,6 +61,8 @@ class Execs:
         self._usage = usage
         self._metrics = metrics
         self._client: SupervisorClient | None = None
+        #: What execs come in where no descriptor can be passed.
+        self._shared: SharedFiles | None = None
         self._execs: dict[str, Exec] = {}
         self._numbers: dict[int, Exec] = {}
         self._requests: dict[str, Exec] = {}
@@ -116,7 +119,15 @@ class Execs:
                     await self._known_changed.wait()
         except TimeoutError:
             raise SandboxGoneError("the sandbox's supervisor does not name its execs") from None
+        if running.shared is not None:
+            self._shared = SharedFiles(running.shared, self.directory)
+            self._shared.sweep()
         self._oom_kills_seen = self._usage().oom_kills
+        if client.version >= protocol.VERSION_LIMITS:
+            bounds = self._spec.limits
+            client.send(
+                Message(Request.LIMITS, 0, bounds.open_files_max, bounds.output_bytes_per_second)
+            )
         for each in list(self._numbers.values()):
             self._take_over(each)
 
@@ -352,7 +363,7 @@ class Execs:
             os.write(descriptors[0], spec)
             ring = Ring.create(each.ring_path)
             descriptors.append(ring.fileno())
-            piped = start.stdin and not each.record.terminal
+            piped = start.stdin and not each.record.terminal and self._shared is None
             if piped:
                 read_end, write_end = os.pipe2(os.O_CLOEXEC)
                 descriptors += [read_end, write_end]
@@ -367,8 +378,11 @@ class Execs:
             timeout_ns = start.timeout.ToNanoseconds()
             if self._client is None:
                 raise SandboxGoneError("the sandbox ended")
+            if self._shared is not None:
+                self._shared.put(each.record.number, spec, start.stdin)
             self._client.send(
-                Message(Request.EXEC, each.record.number, timeout_ns, flags), descriptors
+                Message(Request.EXEC, each.record.number, timeout_ns, flags),
+                descriptors if self._shared is None else (),
             )
             if piped:
                 each.stdin_fd = os.dup(descriptors[3])
@@ -441,7 +455,10 @@ class Execs:
         """Write to an exec's standard input, as fast as it reads. What it never reads is lost."""
         async with each.stdin_lock:
             if each.stdin_fd < 0 and each.running and each.record.stdin and self._client:
-                each.stdin_fd = await self._client.open_stdin(each.record.number)
+                if self._shared is not None:
+                    each.stdin_fd = self._shared.open_input(each.record.number)
+                else:
+                    each.stdin_fd = await self._client.open_stdin(each.record.number)
             view = memoryview(data)
             while view and each.stdin_fd >= 0:
                 try:
@@ -460,6 +477,8 @@ class Execs:
             await self.write_stdin(each, _END_OF_INPUT)
         async with each.stdin_lock:
             each.close_stdin()
+            if self._shared is not None:
+                self._shared.end_input(each.record.number)
             self._send(Message(Request.CLOSE_STDIN, each.record.number))
 
     def want_more(self, each: Exec, offset: int) -> None:

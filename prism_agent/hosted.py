@@ -1,8 +1,10 @@
 """One sandbox as the edge holds it: what runs, its deadlines, and what is said of it."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from google.protobuf import timestamp_pb2
 from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
@@ -10,7 +12,8 @@ from prism_agent import limits
 from prism_agent.execs import Execs
 from prism_agent.file_call import FileCall
 from prism_agent.journal import Record
-from prism_agent.reconcile import Phase, Sandbox
+from prism_agent.model import Assignment, Phase, Sandbox
+from prism_agent.network.forward import Forward
 from prism_agent.runtime.base import Running
 
 _OBSERVED = {
@@ -30,19 +33,21 @@ _OBSERVED = {
 }
 
 
-def report_of(sandbox: Sandbox, phase_time_s: float) -> agent_pb2.SandboxReport:
-    """Return what the leader is to know of a sandbox."""
-    report = agent_pb2.SandboxReport(
+def report_of(
+    sandbox: Sandbox, phase_time_s: float, phase: Phase | None = None
+) -> agent_pb2.SandboxReport:
+    """Return what the leader is to know of a sandbox; `phase`: what may be said of it so far."""
+    seconds = int(phase_time_s)
+    return agent_pb2.SandboxReport(
         sandbox_id=sandbox.sandbox_id,
         generation=sandbox.generation,
-        state=_OBSERVED[sandbox.phase],
+        state=_OBSERVED[phase or sandbox.phase],
         reason=sandbox.reason,
         message=sandbox.message,
         runtime=sandbox.runtime,
         start_count=max(0, sandbox.start_count),
+        time=timestamp_pb2.Timestamp(seconds=seconds, nanos=int((phase_time_s - seconds) * 1e9)),
     )
-    report.time.FromNanoseconds(int(phase_time_s * 1e9))
-    return report
 
 
 @dataclass(slots=True)
@@ -51,11 +56,16 @@ class Hosted:
 
     record: Record
     spec: sandbox_pb2.SandboxSpec
-    execs: Execs
+    #: Makes `execs` when they are first asked for: what has no supervisor never has any.
+    make_execs: Callable[[], Execs]
+    known_execs: Execs | None = None
+    #: The assignment that the record was last brought up to.
+    taken: Assignment | None = None
     running: Running | None = None
-    #: Waits for the end of `running`, and for its deadlines.
+    #: How much of the journal must survive the machine before it may be called READY.
+    start_position: int = 0
+    #: Waits for the end of `running`.
     watch: asyncio.Task[None] | None = None
-    alarm: asyncio.TimerHandle | None = None
     #: Loop time at which a stop under way turns into a kill.
     kill_at_s: float = 0.0
     hurried: asyncio.Event = field(default_factory=asyncio.Event)
@@ -63,9 +73,48 @@ class Hosted:
     freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: File calls under way. They hold its files open, so they are ended with it.
     file_calls: set[FileCall] = field(default_factory=set)
+    #: Connections to its ports. Their clients would not be told of its end otherwise.
+    forwards: set[Forward] = field(default_factory=set)
 
-    async def end_file_calls(self) -> None:
-        """Have every file call let go of the sandbox, and return when they have."""
+    def is_as(self, sandbox: Sandbox) -> bool:
+        """Whether the record says what the reconciler holds."""
+        record = self.record
+        return (
+            self.taken is sandbox.wanted
+            and record.phase is sandbox.phase
+            and record.start_count == sandbox.start_count
+            and record.runtime == (sandbox.runtime or record.runtime)
+            and record.reason == sandbox.reason
+            and record.message == sandbox.message
+        )
+
+    @property
+    def execs(self) -> Execs:
+        """Its execs."""
+        if self.known_execs is None:
+            self.known_execs = self.make_execs()
+        return self.known_execs
+
+    def lose_execs(self) -> None:
+        """Its processes are gone."""
+        if self.known_execs is not None:
+            self.known_execs.lose()
+
+    def detach(self) -> None:
+        """Stop speaking to its supervisor; it goes on."""
+        if self.known_execs is not None:
+            self.known_execs.detach()
+
+    def unwatch(self) -> None:
+        """Stop waiting for its end."""
+        if self.watch is not None:
+            self.watch.cancel()
+            self.watch = None
+
+    async def end_calls(self) -> None:
+        """Have every file call and forward let go of the sandbox, and return when they have."""
+        for forward in list(self.forwards):
+            forward.end()
         closing = [call.end() for call in list(self.file_calls)]
         if closing:
             await asyncio.wait(closing, timeout=limits.FILE_CALLS_END_S)
@@ -73,7 +122,8 @@ class Hosted:
     @property
     def idle_timeout_s(self) -> float:
         """Time without an exec after which it goes; 0: none."""
-        return self.spec.idle_timeout.ToNanoseconds() / 1e9
+        idle = self.spec.idle_timeout
+        return idle.seconds + idle.nanos / 1e9
 
     @property
     def _may_idle(self) -> bool:

@@ -28,12 +28,28 @@ ATTACH_GRACE_S: Final = 10.0
 DELETE_RETRY_S: Final = 1.0
 #: Reports in one message, as the protocol says.
 REPORTS_MAX: Final = 1000
+#: Between two messages of reports, since one costs as much as many reports in it: where few come,
+#: and where many do.
+REPORT_LINGER_S: Final = 0.01
+REPORT_LINGER_MAX_S: Final = 0.02
+#: What is only on its way to another state is said when it stays in it for so long.
+REPORT_PASSING_S: Final = 0.02
+#: Between two attempts to have the disk keep what was written.
+SYNC_RETRY_S: Final = 1.0
 #: Between two attempts to reach a supervisor whose connection broke.
 RECONNECT_S: Final = 0.05
 #: File calls under way in one sandbox; each has a thread of its own.
 FILE_CALLS_MAX: Final = 32
 #: The same of all sandboxes of the node.
 FILE_CALLS_NODE_MAX: Final = 128
+#: Connections to ports of one sandbox.
+FORWARDS_MAX: Final = 256
+#: The same of all sandboxes of the node; each may hold some 500 KiB of what was not taken yet.
+FORWARDS_NODE_MAX: Final = 2048
+#: Of what a sandbox has sent, held for one connection; the kernel holds the rest.
+FORWARD_BYTES: Final = 128 * 1024
+#: On loopback a connection is made at once, unless the listener's queue is full.
+FORWARD_CONNECT_S: Final = 5.0
 #: A listing is one message, and a message is at most 4 MiB.
 LIST_ENTRIES_MAX: Final = 10_000
 LIST_BYTES_MAX: Final = 3 * MIB

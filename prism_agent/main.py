@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -28,6 +29,8 @@ _SUFFIXES: Final = {"": 1, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
                     "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}  # fmt: skip
 _SLOTS_MAX: Final = 100_000
 _STARTS_MAX: Final = 256
+_WARM_POOL_MAX: Final = 1024
+_DNS_PORT: Final = 53
 
 
 def parse_size(text: str, flag: str, minimum: int) -> int:
@@ -73,6 +76,26 @@ def parse_labels(pairs: tuple[str, ...], flag: str) -> dict[str, str]:
     return validate_labels(labels, flag)
 
 
+def parse_servers(texts: tuple[str, ...], flag: str) -> list[tuple[str, int]]:
+    """Parse the addresses of DNS servers, each with or without a port.
+
+    Raises:
+        InvalidArgumentError: One is no IP.
+    """
+    servers = []
+    for text in _split(texts):
+        address = parse_address(text, flag, _DNS_PORT)
+        try:
+            ip_address(address.host)
+        except ValueError:
+            raise InvalidArgumentError(
+                f"{flag}: {shorten(text)} is not an IP, such as 192.0.2.53 or 192.0.2.53:5353",
+                field=flag,
+            ) from None
+        servers.append((address.host, address.port))
+    return servers
+
+
 def _range(value: int, flag: str, low: int, high: int) -> int:
     if not low <= value <= high:
         raise InvalidArgumentError(f"{flag}: {value}; use {low} to {high}", field=flag)
@@ -100,7 +123,9 @@ def _build(flags: dict[str, Any]) -> Settings:
         labels=parse_labels(flags["label"], "--label"),
         insecure=flags["insecure"],
         starts_max=_range(flags["max_starts"], "--max-starts", 1, _STARTS_MAX),
+        warm_pool=_range(flags["warm_pool"], "--warm-pool", 0, _WARM_POOL_MAX),
         on_exit=_on_exit(flags["on_exit"]),
+        dns_servers=parse_servers(flags["dns_servers"], "--dns-servers"),
         capacity=CapacityFlags(
             cpu_millicores=parse_cpu(flags["cpu"], "--cpu") if flags["cpu"] else None,
             memory_bytes=parse_size(flags["memory"], "--memory", common_limits.MEMORY_BYTES_MIN)
@@ -140,7 +165,7 @@ def _on_exit(text: str) -> Literal["keep", "delete"]:
 )
 @click.option(
     "--runtime",
-    type=click.Choice(["auto", "bubblewrap", "fake"]),
+    type=click.Choice(["auto", "bubblewrap", "gvisor", "fake"]),
     default="auto",
     show_default=True,
     help="How to isolate; auto never takes fake, which runs nothing.",
@@ -156,11 +181,24 @@ def _on_exit(text: str) -> Literal["keep", "delete"]:
 @click.option("--memory", default="", metavar="SIZE", help="Memory to offer, as 8Gi.")
 @click.option("--disk", default="", metavar="SIZE", help="Disk to offer, as 50Gi.")
 @click.option(
+    "--dns-servers",
+    multiple=True,
+    metavar="A,B",
+    help="IPs to ask for the names that sandboxes may look up.  [default: of /etc/resolv.conf]",
+)
+@click.option(
     "--max-starts",
     type=int,
     default=limits.STARTS_MAX_DEFAULT,
     show_default=True,
     help="Sandboxes started at once.",
+)
+@click.option(
+    "--warm-pool",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Sandboxes to keep prepared, so that starts take less; needs root and cgroups.",
 )
 @click.option(
     "--on-exit",

@@ -51,6 +51,7 @@ async def purge(data_dir: Path) -> None:
             await runtime.close()
         if groups is not None:
             groups.close()
+        journal.close()
         if not removed:
             raise StartupError("--purge: some sandboxes could not be removed; see the log")
     finally:

@@ -8,159 +8,63 @@ needs no locks; everything is idempotent by (sandbox, generation, start_count).
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import StrEnum
 
+from prism_agent.actions import (
+    Action,
+    Delete,
+    Forget,
+    Hurry,
+    Pause,
+    Report,
+    Resize,
+    Resume,
+    Start,
+    Stop,
+    Update,
+)
+from prism_agent.model import (
+    BUSY,
+    LEASE_EXPIRED,
+    LIMITS_NOT_HELD,
+    LIVE,
+    UP,
+    Assignment,
+    Desired,
+    Phase,
+    Sandbox,
+)
 
-class Desired(StrEnum):
-    """What the leader wants of a sandbox."""
+#: The words that it is spoken to in come with it.
+__all__ = [
+    "BUSY",
+    "LEASE_EXPIRED",
+    "LIMITS_NOT_HELD",
+    "LIVE",
+    "UP",
+    "Action",
+    "Assignment",
+    "Delete",
+    "Desired",
+    "Forget",
+    "Hurry",
+    "Pause",
+    "Phase",
+    "Reconciler",
+    "Report",
+    "Resize",
+    "Resume",
+    "Sandbox",
+    "Start",
+    "Stop",
+    "Update",
+]
 
-    RUNNING = "running"
-    STOPPED = "stopped"
-    DELETED = "deleted"
-    PAUSED = "paused"
-
-
-class Phase(StrEnum):
-    """Where a sandbox is on this node."""
-
-    QUEUED = "queued"
-    STARTING = "starting"
-    READY = "ready"
-    PAUSING = "pausing"
-    PAUSED = "paused"
-    RESUMING = "resuming"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    FAILED = "failed"
-    DELETING = "deleting"
-    DELETED = "deleted"
-
-
-#: An action is under way, and its outcome will be observed.
-BUSY = frozenset({Phase.STARTING, Phase.PAUSING, Phase.RESUMING, Phase.STOPPING, Phase.DELETING})
-#: It was started, and is not being ended: it has processes, frozen or not.
-UP = frozenset({Phase.READY, Phase.PAUSING, Phase.PAUSED, Phase.RESUMING})
-#: Processes of the sandbox may run.
-LIVE = UP | {Phase.STARTING, Phase.STOPPING}
-#: Reason of a sandbox that was ended because the leader may have placed it elsewhere.
-LEASE_EXPIRED = "LEASE_EXPIRED"
+#: Reasons of one that runs nevertheless.
+_PASSING = frozenset({LIMITS_NOT_HELD, "PAUSE_FAILED", "RESUME_FAILED"})
 _LEASE_EXPIRED_MESSAGE = "no leader was heard within the node's lease"
 
 #: The outcome of the action under way leads on to what is wanted by then.
 _DEFERS = frozenset({Phase.STARTING, Phase.PAUSING, Phase.RESUMING})
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """One desired sandbox. `spec` is opaque here; `expire_time_s` 0 means never."""
-
-    sandbox_id: str
-    generation: int
-    desired: Desired
-    start_count: int = 1
-    name: str = ""
-    spec: bytes = b""
-    expire_time_s: float = 0.0
-    grace_s: float = 5.0
-    reschedules: bool = False
-
-
-@dataclass(slots=True)
-class Sandbox:
-    """One sandbox of this node."""
-
-    # ── durable: kept in the journal ──
-    #: The latest assignment that was obeyed.
-    wanted: Assignment
-    phase: Phase
-    #: start_count of the last start that was begun; -1: none was.
-    start_count: int = -1
-    runtime: str = ""
-    reason: str = ""
-    message: str = ""
-
-    # ── volatile ──
-    #: A higher generation, or a restart, that waits until this one is out of the way.
-    successor: Assignment | None = None
-
-    @property
-    def sandbox_id(self) -> str:
-        """Its id."""
-        return self.wanted.sandbox_id
-
-    @property
-    def generation(self) -> int:
-        """Its placement."""
-        return self.wanted.generation
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Make it, or make it again with its files."""
-
-    sandbox_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """SIGTERM, the grace period, SIGKILL; keep the files."""
-
-    sandbox_id: str
-    grace_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Freeze its processes."""
-
-    sandbox_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Thaw its processes."""
-
-    sandbox_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Delete:
-    """Stop it if it runs, and leave nothing of it."""
-
-    sandbox_id: str
-    grace_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Hurry:
-    """Shorten the grace period of the stop under way."""
-
-    sandbox_id: str
-    grace_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """The deadline changed: keep it, and set the timer anew."""
-
-    sandbox_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Tell the leader how it is."""
-
-    sandbox_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Drop its record: the leader knows that nothing is left."""
-
-    sandbox_id: str
-
-
-Action = Start | Stop | Pause | Resume | Delete | Hurry | Update | Report | Forget
 
 
 @dataclass(slots=True)
@@ -205,6 +109,8 @@ class Reconciler:
                 return [Pause(sandbox.sandbox_id)]
             case Phase.RESUMING:
                 return [Resume(sandbox.sandbox_id)]
+            case _ if sandbox.phase in UP and sandbox.reason == LIMITS_NOT_HELD:
+                return [Resize(sandbox.sandbox_id)]
             case _:
                 return []
 
@@ -277,10 +183,12 @@ class Reconciler:
             # It goes already, perhaps because its time was up: nothing brings it back.
             return []
         if not new.spec:
-            new = _with_spec_of(new, old)
+            new = new.with_spec_of(old)
         sandbox.wanted = new
         changed = new.expire_time_s != old.expire_time_s
         actions: list[Action] = [Update(sandbox.sandbox_id)] if changed else []
+        if new.spec != old.spec:
+            actions.append(self._resize(sandbox))
         if new.desired is Desired.DELETED:
             return self._delete(sandbox)
         if new.desired is Desired.STOPPED:
@@ -296,6 +204,13 @@ class Reconciler:
             sandbox.reason = sandbox.message = ""
             actions.append(Report(sandbox.sandbox_id))
         return actions + self._converge_running(sandbox)
+
+    def _resize(self, sandbox: Sandbox) -> Action:
+        sandbox.resize_due = sandbox.phase is Phase.STARTING
+        if sandbox.phase in UP and not sandbox.reason:
+            # Kept before it is done: the next process does it if this one does not come to it.
+            sandbox.reason, sandbox.message = LIMITS_NOT_HELD, "its limits are being changed"
+        return Resize(sandbox.sandbox_id)
 
     def _converge_paused(self, sandbox: Sandbox) -> list[Action]:
         if sandbox.wanted.start_count > sandbox.start_count:
@@ -354,6 +269,9 @@ class Reconciler:
             return [*actions, self._stop(sandbox)]
         sandbox.reason = sandbox.message = ""
         actions.append(Report(sandbox_id))
+        if sandbox.resize_due:
+            sandbox.resize_due = False
+            actions.append(Resize(sandbox_id))
         if sandbox.wanted.desired is Desired.PAUSED:
             actions.append(self._pause(sandbox))
         return actions
@@ -394,6 +312,20 @@ class Reconciler:
         if sandbox.wanted.desired is Desired.PAUSED and now is Phase.READY:
             return actions + self._converge_paused(sandbox)
         return actions + self._converge_running(sandbox)
+
+    def resized(self, sandbox_id: str, failure: str) -> list[Action]:
+        """It is held to the limits of its spec; or, as `failure` says why, not to all of them."""
+        sandbox = self.sandboxes.get(sandbox_id)
+        if sandbox is None or sandbox.phase not in UP:
+            return []
+        reason = LIMITS_NOT_HELD if failure else ""
+        if sandbox.reason not in ("", LIMITS_NOT_HELD) or (sandbox.reason, sandbox.message) == (
+            reason,
+            failure,
+        ):
+            return []
+        sandbox.reason, sandbox.message = reason, failure
+        return [Report(sandbox_id)]
 
     def start_failed(self, sandbox_id: str, reason: str, message: str) -> list[Action]:
         """It could not be made, and nothing of it runs."""
@@ -471,7 +403,7 @@ class Reconciler:
                 if sandbox.phase in (Phase.READY, Phase.PAUSED):
                     actions.append(self._stop(sandbox, grace_s=0.0))
                 elif sandbox.phase in _DEFERS:
-                    sandbox.wanted = _stopped(sandbox.wanted)
+                    sandbox.wanted = sandbox.wanted.stopped()
                 else:
                     actions += self._hurry(sandbox, 0.0)
         return actions
@@ -496,6 +428,9 @@ class Reconciler:
 
     def _stop(self, sandbox: Sandbox, grace_s: float | None = None) -> Stop:
         sandbox.phase = Phase.STOPPING
+        if sandbox.reason in _PASSING:
+            # Not why it ends.
+            sandbox.reason = sandbox.message = ""
         grace = sandbox.wanted.grace_s if grace_s is None else grace_s
         return Stop(sandbox.sandbox_id, grace)
 
@@ -520,7 +455,7 @@ class Reconciler:
         if sandbox.phase is Phase.DELETING:
             return self._hurry(sandbox, grace)
         if sandbox.phase in _DEFERS or sandbox.phase is Phase.STOPPING:
-            sandbox.wanted = _deleted(sandbox.wanted, grace)
+            sandbox.wanted = sandbox.wanted.deleted(grace)
             hurried = sandbox.phase is Phase.STOPPING
             return self._hurry(sandbox, grace) if hurried else []
         if sandbox.phase is Phase.QUEUED:
@@ -545,40 +480,3 @@ class Reconciler:
                 raise AssertionError(f"{key} is kept as {each.sandbox_id}")
             if each.successor and each.successor.generation <= each.generation:
                 raise AssertionError(f"{key}: a successor of no higher generation")
-
-
-def _replace(wanted: Assignment, desired: Desired, grace_s: float, spec: bytes) -> Assignment:
-    return Assignment(
-        wanted.sandbox_id,
-        wanted.generation,
-        desired,
-        wanted.start_count,
-        wanted.name,
-        spec,
-        wanted.expire_time_s,
-        grace_s,
-        wanted.reschedules,
-    )
-
-
-def _deleted(wanted: Assignment, grace_s: float) -> Assignment:
-    return _replace(wanted, Desired.DELETED, grace_s, wanted.spec)
-
-
-def _stopped(wanted: Assignment) -> Assignment:
-    return _replace(wanted, Desired.STOPPED, 0.0, wanted.spec)
-
-
-def _with_spec_of(new: Assignment, old: Assignment) -> Assignment:
-    """An assignment that does not start anything carries no spec: keep the one known."""
-    return Assignment(
-        new.sandbox_id,
-        new.generation,
-        new.desired,
-        new.start_count,
-        old.name,
-        old.spec,
-        old.expire_time_s if new.desired is not Desired.RUNNING else new.expire_time_s,
-        new.grace_s,
-        old.reschedules,
-    )

@@ -4,7 +4,9 @@ import asyncio
 import logging
 import signal
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -16,7 +18,9 @@ from prism_agent import cgroups, resources
 from prism_agent.data_directory import DataDirectory
 from prism_agent.health import Health
 from prism_agent.journal import Journal
-from prism_agent.metrics import AgentMetrics
+from prism_agent.metrics import AgentMetrics, UsageMetrics
+from prism_agent.network.egress import Networks
+from prism_agent.network.resolver import Resolvers
 from prism_agent.reconcile import Reconciler
 from prism_agent.reports import ReportQueue
 from prism_agent.resources import CapacityFlags, Resources
@@ -52,6 +56,10 @@ class Settings:
     starts_max: int
     on_exit: Literal["keep", "delete"]
     capacity: CapacityFlags = field(default_factory=CapacityFlags)
+    #: Servers that sandboxes' names are asked of; empty: those of /etc/resolv.conf.
+    dns_servers: list[tuple[str, int]] = field(default_factory=list)
+    #: Prepared sandboxes to keep ready; 0: none.
+    warm_pool: int = 0
 
 
 class Agent:
@@ -112,13 +120,26 @@ class Agent:
         node_id = data.state.node_id
         groups, cgroup_problem = cgroups.find_on_this_machine(node_id)
         journal = Journal(data.sandboxes)
-        found = await probe.probe(settings.runtime, data, journal, groups)
+        networks = Networks(node_id, journal, Resolvers(settings.dns_servers))
+        warm = probe.make_warm(data, journal, groups)
+        found = await probe.probe(settings.runtime, data, journal, groups, networks, warm)
+        if settings.runtime != "fake":
+            await networks.probe()
         metrics = AgentMetrics(registry)
+        if groups is not None:
+            UsageMetrics(registry, groups.total)
         reports = ReportQueue()
         fenced = data.state.lease_is_over(time.time())
         reconciler = Reconciler(settings.starts_max, data.state.term, fenced)
         sandboxes = Sandboxes(journal, found.working, found.known, reconciler, reports, metrics)
         offered = resources.capacity(settings.capacity, settings.data_dir)
+        filling: Callable[[], Coroutine[None, None, None]] | None = None
+        if settings.warm_pool:
+            warm.reserve(settings.warm_pool, offered, found.working)
+            slots = offered.slots
+            filling = partial(
+                warm.fill, settings.warm_pool, lambda: slots - len(sandboxes.live()), metrics
+            )
         measured = Resources(
             node_id, settings.name, settings.data_dir, offered, found.statuses, sandboxes
         )
@@ -139,12 +160,14 @@ class Agent:
             capacity=offered,
             runtimes=found.statuses,
             labels=settings.labels,
+            egress=networks.status,
         )
-        await self._serve(server, pages, sandboxes, identity)
+        await self._serve(server, pages, sandboxes, identity, networks, filling)
         for runtime in found.known.values():
             await runtime.close()
         if groups is not None:
             groups.close()
+        journal.close()
 
     async def _serve(
         self,
@@ -152,6 +175,8 @@ class Agent:
         pages: MetricsServer,
         sandboxes: Sandboxes,
         identity: NodeIdentity,
+        networks: Networks,
+        filling: Callable[[], Coroutine[None, None, None]] | None,
     ) -> None:
         services = (
             agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name,
@@ -173,20 +198,24 @@ class Agent:
             },
         )
         async with asyncio.TaskGroup() as group:
+            group.create_task(networks.resolvers.run())
             group.create_task(sandboxes.run())
             await sandboxes.started.wait()
             await server.set_serving(True)
-            held = None
+            held = [group.create_task(networks.watch())]
             if self.session is not None:
-                held = group.create_task(self.session.run(identity))
+                held.append(group.create_task(self.session.run(identity)))
+            if filling is not None:
+                held.append(group.create_task(filling()))
             await self._stop.wait()
             logger.info("stopping", extra={"sandboxes": settings.on_exit})
-            if held is not None:
-                held.cancel()
+            for task in held:
+                task.cancel()
             await server.stop(_DRAIN_S)
             if settings.on_exit == "delete" and not await sandboxes.delete_all(_DELETE_S):
                 logger.warning("some sandboxes could not be removed yet")
             sandboxes.close()
+            networks.resolvers.stop()
 
     def _ready(self) -> tuple[bool, str]:
         if self._stop.is_set():

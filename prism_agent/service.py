@@ -12,8 +12,8 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_agent import exec_streams
 from prism_agent.exec_record import Exec
 from prism_agent.execs import Execs
-from prism_agent.files import FileService
 from prism_agent.health import Health
+from prism_agent.network.service import PortService
 from prism_agent.resources import Resources
 from prism_common import limits
 from prism_common.errors import InvalidArgumentError, NotServedError, PrismError
@@ -87,7 +87,7 @@ def _validate_size(size: sandbox_pb2.WindowSize, field: str) -> sandbox_pb2.Wind
     return size
 
 
-class AgentService(FileService):
+class AgentService(PortService):
     """The data path into the node's sandboxes, which are named by their ids here."""
 
     async def Exec(
@@ -145,6 +145,18 @@ class AgentService(FileService):
         execs = self._sandboxes.execs(request.sandbox)
         execs.signal(execs.get(request.exec_id), _validate_signal(request.signal))
         return empty_pb2.Empty()
+
+    async def MeasureSandboxes(
+        self, request: sandbox_pb2.MeasureSandboxesRequest, context: _Context
+    ) -> sandbox_pb2.MeasureSandboxesResponse:
+        """Measure what sandboxes use now; those that have no processes here are left out."""
+        if len(request.sandbox_ids) > limits.PAGE_SIZE_MAX:
+            raise InvalidArgumentError(
+                f"sandbox_ids: {len(request.sandbox_ids)}; at most {limits.PAGE_SIZE_MAX}",
+                field="sandbox_ids",
+            )
+        usages = await asyncio.to_thread(self._sandboxes.measure, list(request.sandbox_ids))
+        return sandbox_pb2.MeasureSandboxesResponse(usages=usages)
 
     async def StreamLogs(
         self, request: sandbox_pb2.StreamLogsRequest, context: _Context

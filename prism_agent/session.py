@@ -7,10 +7,12 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import grpc.aio
+import msgspec
+from google.protobuf import duration_pb2, timestamp_pb2
 from prism.agent.v1 import agent_pb2, agent_pb2_grpc
 from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
@@ -19,8 +21,10 @@ from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import is_safe_id
 from prism_agent.metrics import AgentMetrics
 from prism_agent.reconcile import Assignment, Desired
+from prism_agent.registration import registration_messages
 from prism_agent.reports import ReportQueue
-from prism_agent.sandboxes import Sandboxes, first_of
+from prism_agent.sandboxes import Sandboxes
+from prism_agent.starts import first_of
 from prism_common import __version__
 from prism_common import limits as common_limits
 from prism_common.addresses import parse_address
@@ -57,6 +61,7 @@ class NodeIdentity:
     capacity: node_pb2.ResourceAmounts = field(default_factory=node_pb2.ResourceAmounts)
     runtimes: list[node_pb2.RuntimeStatus] = field(default_factory=list)
     labels: dict[str, str] = field(default_factory=dict)
+    egress: node_pb2.EgressStatus = field(default_factory=node_pb2.EgressStatus)
 
 
 class Session:
@@ -167,7 +172,8 @@ class Session:
         try:
             sent_s = time.monotonic()
             async with asyncio.timeout(_WELCOME_TIMEOUT_S):
-                await call.write(agent_pb2.SessionRequest(register=self._registration()))
+                for message in registration_messages(self._registration()):
+                    await call.write(message)
                 first = await _read_one(call)
             if first is None:
                 await _raise_status(call)
@@ -193,6 +199,7 @@ class Session:
             runtimes=identity.runtimes,
             labels=identity.labels,
             version=__version__,
+            egress=identity.egress,
             term=self._sandboxes.reconciler.term,
             sandboxes=self._sandboxes.reports(),
         )
@@ -214,8 +221,7 @@ class Session:
             )
         self._accept_term(welcome.term)
         if state.cluster_id != welcome.cluster_id:
-            state.cluster_id = welcome.cluster_id
-            self._data.save(durable=True)
+            self._promise(cluster_id=welcome.cluster_id)
         self._heartbeat_interval_s = max(0.05, welcome.heartbeat_interval.ToNanoseconds() / 1e9)
         self._lease_s = welcome.lease.ToNanoseconds() / 1e9
         self._sent.clear()
@@ -239,8 +245,21 @@ class Session:
         if not self._sandboxes.reconciler.accepts_term(term):
             raise SessionRefusedError(f"its term {term} is older than {known}, which was seen")
         if term != self._data.state.term:
-            self._data.state.term = term
+            self._promise(term=term)
+
+    def _promise(self, **changes: Any) -> None:
+        """Keep a promise on disk.
+
+        Raises:
+            SessionRefusedError: The disk does not take it, so it is not given.
+        """
+        before = self._data.state
+        self._data.state = msgspec.structs.replace(before, **changes)
+        try:
             self._data.save(durable=True)
+        except OSError as error:
+            self._data.state = before
+            raise SessionRefusedError(f"it cannot be promised anything: {error}") from None
 
     async def _read(self, call: "_Call") -> None:
         while True:
@@ -308,7 +327,12 @@ class Session:
         self._lease_until_s = max(sent_s + self._lease_s, self._lease_until_s or 0.0)
         self._fenced = False
         self._data.state.lease_until_s = time.time() + (self._lease_until_s - time.monotonic())
-        self._data.save(durable=False)
+        try:
+            self._data.save(durable=False)
+        except OSError as error:
+            # A full disk must not end the agent. A process after this one knows an older lease,
+            # and starts less from the journal.
+            logger.warning("cannot keep the lease", extra={"error": str(error)})
 
     async def _watch_lease(self) -> None:
         """Fence once whenever the lease runs out."""
@@ -380,23 +404,26 @@ def _is_usable(sandbox_id: str) -> bool:
     return False
 
 
+def _seconds_of(time_or_span: timestamp_pb2.Timestamp | duration_pb2.Duration) -> float:
+    return time_or_span.seconds + time_or_span.nanos / 1e9
+
+
 def _assignment_of(message: agent_pb2.Assignment) -> Assignment:
-    has_spec = message.HasField("spec")
-    grace_s = (
-        message.grace_period.ToNanoseconds() / 1e9
-        if message.HasField("grace_period")
-        else common_limits.GRACE_S_DEFAULT
-    )
+    grace_s = common_limits.GRACE_S_DEFAULT
+    if message.HasField("grace_period"):
+        grace_s = _seconds_of(message.grace_period)
+    expires = message.HasField("expire_time")
     return Assignment(
         sandbox_id=message.sandbox_id,
         generation=message.generation,
         desired=_DESIRED.get(message.desired, Desired.STOPPED),
         start_count=message.start_count,
         name=message.name,
-        spec=message.spec.SerializeToString() if has_spec else b"",
-        expire_time_s=message.expire_time.ToNanoseconds() / 1e9
-        if message.HasField("expire_time")
-        else 0.0,
+        # The same bytes for the same spec: a change of it is seen by them.
+        spec=message.spec.SerializeToString(deterministic=True)
+        if message.HasField("spec")
+        else b"",
+        expire_time_s=_seconds_of(message.expire_time) if expires else 0.0,
         grace_s=min(max(grace_s, 0.0), common_limits.GRACE_S_MAX),
         reschedules=message.spec.on_node_loss == sandbox_pb2.ON_NODE_LOSS_RESCHEDULE,
     )

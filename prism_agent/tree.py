@@ -13,19 +13,16 @@ import os
 import platform
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
+from prism_agent.file_errors import explained
 from prism_common.errors import (
-    AlreadyExistsError,
-    DiskFullError,
     InvalidArgumentError,
-    NotFoundError,
     NotServedError,
-    PrismError,
     SandboxGoneError,
     WrongStateError,
 )
@@ -123,53 +120,15 @@ def _join(parts: list[str]) -> str:
     return "/" + "/".join(parts)
 
 
-_WRONG: Final = {
-    errno.EACCES: "the sandbox's user may not do that",
-    errno.EPERM: "the sandbox's user may not do that",
-    errno.EROFS: "it is read-only",
-    errno.ENOTDIR: "something in the path is not a directory",
-    errno.EISDIR: "it is a directory",
-    errno.ENOTEMPTY: "the directory is not empty",
-    errno.ELOOP: "too many links, or one that may not be followed",
-    errno.EXDEV: "source and target are on different file systems of the sandbox; copy it instead",
-    errno.EBUSY: "something is mounted there",
-    errno.EAGAIN: "the path changes all the time",
-    errno.ETXTBSY: "it is being executed",
-}
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM})
+def _text_of(name: str) -> str:
+    """Return a name as a proto can hold it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-@contextlib.contextmanager
-def explained(path: str, field: str = "path") -> Iterator[None]:
-    """Turn what the kernel says of a path into what a caller is told."""
-    try:
-        yield
-    except OSError as error:
-        raise _explain(error, path, field) from None
-
-
-def _explain(error: OSError, path: str, field: str) -> PrismError:
-    code = error.errno or 0
-    where = shorten(path)
-    if code == errno.ENOENT:
-        return NotFoundError(f"{where}: no such file", field=field, reason="FILE_NOT_FOUND")
-    if code == errno.EEXIST:
-        return AlreadyExistsError(f"{where} exists already", field=field, reason="FILE_EXISTS")
-    if code in (errno.ENAMETOOLONG, errno.EINVAL):
-        text = "a name in it is too long" if code == errno.ENAMETOOLONG else "not possible with it"
-        return InvalidArgumentError(f"{field}: {where}: {text}", field=field)
-    if code in _FULL:
-        return DiskFullError(f"{where}: no room is left in the sandbox")
-    text = _WRONG.get(code, os.strerror(code))
-    return WrongStateError(f"{where}: {text}", field=field, reason="FILE_" + _name(code))
-
-
-def _name(code: int) -> str:
-    return errno.errorcode.get(code, "ERROR")
-
-
-def info_of(path: str, status: os.stat_result) -> sandbox_pb2.FileInfo:
-    """Return a path as the API shows it."""
+def info_of(
+    path: str, status: os.stat_result, name: str = "", directory: int | None = None
+) -> sandbox_pb2.FileInfo:
+    """Return a path as the API shows it; a link is read as `name` in `directory`."""
     kind = sandbox_pb2.FILE_TYPE_OTHER
     if stat.S_ISREG(status.st_mode):
         kind = sandbox_pb2.FILE_TYPE_REGULAR
@@ -178,12 +137,15 @@ def info_of(path: str, status: os.stat_result) -> sandbox_pb2.FileInfo:
     elif stat.S_ISLNK(status.st_mode):
         kind = sandbox_pb2.FILE_TYPE_SYMLINK
     info = sandbox_pb2.FileInfo(
-        path=path.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
+        path=_text_of(path),
         type=kind,
         size_bytes=status.st_size,
         mode=stat.S_IMODE(status.st_mode),
     )
     info.modify_time.FromNanoseconds(status.st_mtime_ns)
+    if kind == sandbox_pb2.FILE_TYPE_SYMLINK and directory is not None:
+        with contextlib.suppress(OSError):  # it is none any more
+            info.link_target = _text_of(os.readlink(name, dir_fd=directory))
     return info
 
 
@@ -279,7 +241,8 @@ class Tree:
         """Describe a path; a link is described and not followed."""
         shown = _join(parts_of(path, "path"))
         with explained(path):
-            return info_of(shown, os.fstat(self._resolve(shown, os.O_NOFOLLOW)))
+            named = self._resolve(shown, os.O_NOFOLLOW)
+            return info_of(shown, os.fstat(named), "", named)
 
     def list_directory(self, path: str) -> list[sandbox_pb2.FileInfo]:
         """Return what is in a directory, in order of name."""
@@ -299,7 +262,7 @@ class Tree:
                         status = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
                         continue
-                    info = info_of(_join([*parts, entry.name]), status)
+                    info = info_of(_join([*parts, entry.name]), status, entry.name, directory)
                     size += info.ByteSize() + 8
                     if len(found) >= limits.LIST_ENTRIES_MAX or size > limits.LIST_BYTES_MAX:
                         raise WrongStateError(
@@ -311,33 +274,50 @@ class Tree:
                     found.append(info)
         return sorted(found, key=lambda each: each.path)
 
-    def make_directory(self, path: str, parents: bool) -> sandbox_pb2.FileInfo:
-        """Make a directory, and with `parents` those above it too."""
+    def make_directory(self, path: str, parents: bool, mode: int) -> sandbox_pb2.FileInfo:
+        """Make a directory, and with `parents` those above it too, each of the usual mode."""
         parts = parts_of(path, "path")
         with explained(path):
             for length in range(1, len(parts)) if parents else ():
                 self._make_one(_join(parts[:length]), exist_ok=True)
-            if parts or not parents:
-                self._make_one(path, exist_ok=parents)
+            made = (parts or not parents) and self._make_one(path, exist_ok=parents)
             named = self._resolve(_join(parts), os.O_DIRECTORY)
+            if made and mode:
+                os.chmod(f"/proc/self/fd/{named}", mode)
             return info_of(_join(parts), os.fstat(named))
 
-    def _make_one(self, path: str, exist_ok: bool) -> None:
+    def _make_one(self, path: str, exist_ok: bool) -> bool:
+        """Make a directory; False: with `exist_ok`, there is one."""
         if exist_ok:
             try:
                 self._drop(self._resolve(path, os.O_DIRECTORY))
             except FileNotFoundError:
                 pass
             else:
-                return
+                return False
         directory, name = self._parent(path, "path")
         try:
             os.mkdir(name, 0o755, dir_fd=directory)
+            made = True
         except FileExistsError:
             # Somebody was faster, or there is a link that leads nowhere: the next step tells.
             if not exist_ok:
                 raise
+            made = False
         self._drop(directory)
+        return made
+
+    def make_link(self, path: str, target: str) -> sandbox_pb2.FileInfo:
+        """Make a symbolic link; what it holds is not looked at, since nothing follows it here."""
+        with explained(path):
+            directory, name = self._parent_of_file(path)
+            draft = _draft_name()
+            os.symlink(target, draft, dir_fd=directory)
+            self._draft = (directory, draft)
+            os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+            self._draft = None
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return info_of(_join(parts_of(path, "path")), status, name, directory)
 
     def move(self, source: str, target: str) -> sandbox_pb2.FileInfo:
         """Rename; a file that is at the target is replaced."""
@@ -400,11 +380,7 @@ class Tree:
     def begin_write(self, path: str) -> "Draft":
         """Begin a file that takes its place at `path` when it is complete."""
         with explained(path):
-            directory, name = self._parent(path, "path")
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-                if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
-                    raise _not_regular(path, status)
+            directory, name = self._parent_of_file(path)
             try:
                 # Without a name: whatever ends this process, nothing of it is left.
                 descriptor = os.open(
@@ -415,6 +391,15 @@ class Tree:
                     raise
                 return Draft(self, path, directory, name, self._named_draft(directory), True)
             return Draft(self, path, directory, name, self._keep(descriptor), False)
+
+    def _parent_of_file(self, path: str) -> tuple[int, str]:
+        """Return the directory and the name of what may be replaced: a file, a link or nothing."""
+        directory, name = self._parent(path, "path")
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
+                raise _not_regular(path, status)
+        return directory, name
 
     def _named_draft(self, directory: int) -> int:
         name = _draft_name()
@@ -460,10 +445,12 @@ class Draft:
             while view:
                 view = view[os.write(self._descriptor, view) :]
 
-    def finish(self, mode: int) -> sandbox_pb2.FileInfo:
-        """Put it in its place."""
+    def finish(self, mode: int, modified_ns: int | None) -> sandbox_pb2.FileInfo:
+        """Put it in its place, as of now or with a time of last change."""
         with explained(self._path):
             os.fchmod(self._descriptor, mode)
+            if modified_ns is not None:
+                os.utime(self._descriptor, ns=(modified_ns, modified_ns))
             self._tree.place(self._descriptor, self._directory, self._name, self._named)
             return info_of(_join(parts_of(self._path, "path")), os.fstat(self._descriptor))
 

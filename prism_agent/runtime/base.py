@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import select
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,10 @@ class Usage:
     processes: int = 0
     #: Processes that the kernel has killed because the sandbox's memory was used up.
     oom_kills: int = 0
+    #: Processor time since it was made here; None: nothing counts it.
+    cpu_ns: int | None = None
+    #: What the kernel holds it to; 0: nothing does.
+    memory_limit_bytes: int = 0
 
 
 class Process:
@@ -51,16 +56,39 @@ class Process:
             loop.remove_reader(descriptor)
             os.close(descriptor)
 
+    def ended(self) -> bool:
+        """Return whether it has ended."""
+        look = select.poll()
+        look.register(self._pidfd, select.POLLIN)
+        return bool(look.poll(0))
+
     def open_root(self) -> int:
         """Return a descriptor of its root directory, as only this process sees it.
 
         Raises:
             ProcessLookupError: It has ended.
         """
+        return self._open("root", os.O_PATH | os.O_DIRECTORY)
+
+    def open_network(self) -> int:
+        """Return a descriptor of its network namespace.
+
+        Raises:
+            ProcessLookupError: It has ended.
+        """
+        return self._open("ns/net", os.O_RDONLY)
+
+    def open_hostname(self) -> int:
+        """Return a descriptor of its UTS namespace.
+
+        Raises:
+            ProcessLookupError: It has ended.
+        """
+        return self._open("ns/uts", os.O_RDONLY)
+
+    def _open(self, name: str, flags: int) -> int:
         try:
-            descriptor = os.open(
-                f"/proc/{self.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-            )
+            descriptor = os.open(f"/proc/{self.pid}/{name}", flags | os.O_CLOEXEC)
         except FileNotFoundError:
             raise ProcessLookupError(self.pid) from None
         try:
@@ -89,12 +117,36 @@ def process_start_ticks(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A directory that a sandbox and the agent share, where no descriptor can be passed into it."""
+
+    directory: Path
+    #: The host's user that its supervisor is.
+    uid: int
+
+
 @dataclass(slots=True)
 class Running:
     """A sandbox that accepts execs. `process` is None where nothing really runs."""
 
     process: Process | None = None
     control_socket: Path | None = None
+    #: What execs come in; None: descriptors.
+    shared: Shared | None = None
+    #: Whose root is the sandbox's tree of files; None: that of `process`.
+    files: Process | None = None
+
+    def open_root(self) -> int:
+        """Return a descriptor of the sandbox's root directory.
+
+        Raises:
+            ProcessLookupError: It has ended, or nothing really runs.
+        """
+        process = self.files or self.process
+        if process is None:
+            raise ProcessLookupError
+        return process.open_root()
 
     async def wait(self) -> None:
         """Return once its PID 1 has ended."""
@@ -105,8 +157,9 @@ class Running:
 
     def close(self) -> None:
         """Forget it; it goes on."""
-        if self.process is not None:
-            self.process.close()
+        for process in (self.process, self.files):
+            if process is not None:
+                process.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +208,14 @@ class Runtime(Protocol):
 
         Raises:
             OSError: They are frozen still.
+        """
+
+    async def resize(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> None:
+        """Hold it, while it runs or is frozen, to the limits of a spec.
+
+        Raises:
+            OSError: It is not held to all of them, and the text says why; EOPNOTSUPP: nor will it
+                be before it is started again.
         """
 
     async def kill(self, record: Record) -> None:

@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -22,21 +21,31 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits as agent_limits
 from prism_agent import seccomp
-from prism_agent.cgroups import CgroupLimits, Cgroups
+from prism_agent.cgroups import PROCESSES_OWN, Cgroups
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal, Record, boot_id
+from prism_agent.network.egress import namespace_arguments, resolver_configuration
 from prism_agent.reconcile import Desired, Phase
 from prism_agent.runtime import host, image
 from prism_agent.runtime.base import Probe, Process, Running, StartError, Usage
+from prism_agent.runtime.mount_namespace import MountNamespace
+from prism_agent.runtime.shape import (
+    HOSTNAME,
+    HOSTS,
+    cgroup_limits,
+    limits_of,
+    small_bytes,
+    workspace_bytes,
+    write_names,
+)
+from prism_agent.runtime.spawn import Child, Descriptors, spawn
 from prism_agent.supervisor.client import SupervisorClient
-from prism_common import limits
 from prism_common.errors import PrismError, SandboxGoneError
-from prism_common.limits import MIB
 from prism_common.names import generate_id
 
 SUPERVISOR: Final = Path(__file__).parent.parent / "supervisor" / "prism-supervisor"
 _INSIDE: Final = "/.prism-supervisor"
-_SOCKET: Final = "control"
+SOCKET: Final = "control"
 _LOG: Final = "start.log"
 _LOG_BYTES_MAX: Final = 2000
 #: Each exec takes five, and the supervisor a few.
@@ -44,45 +53,6 @@ _SUPERVISOR_FILES: Final = 8192
 _BACKLOG: Final = 4
 #: Where the launcher shows what the sandbox's user may not reach by its own path.
 _STAGE: Final = Path("/tmp")  # noqa: S108
-
-
-def limits_of(spec: sandbox_pb2.SandboxSpec) -> sandbox_pb2.Limits:
-    """Return a sandbox's limits with the defaults filled in."""
-    asked = spec.limits
-    return sandbox_pb2.Limits(
-        cpu_millicores=asked.cpu_millicores or limits.CPU_MILLICORES_DEFAULT,
-        memory_bytes=asked.memory_bytes or limits.MEMORY_BYTES_DEFAULT,
-        disk_bytes=asked.disk_bytes or limits.DISK_BYTES_DEFAULT,
-        processes_max=asked.processes_max or limits.PROCESSES_DEFAULT,
-        open_files_max=asked.open_files_max or limits.OPEN_FILES_DEFAULT,
-    )
-
-
-def workspace_bytes(asked: sandbox_pb2.Limits) -> int:
-    """Return the size of /workspace: its pages are memory of the sandbox, so never all of it."""
-    return min(asked.disk_bytes, asked.memory_bytes // 2)
-
-
-@dataclass(slots=True)
-class _Descriptors:
-    """What bwrap inherits. They are closed here once it runs."""
-
-    numbers: list[int] = field(default_factory=list)
-
-    def add(self, number: int) -> int:
-        self.numbers.append(number)
-        return number
-
-    def add_data(self, content: bytes) -> int:
-        number = self.add(os.memfd_create("data", os.MFD_CLOEXEC))
-        os.write(number, content)
-        os.lseek(number, 0, os.SEEK_SET)
-        return number
-
-    def close(self) -> None:
-        for number in self.numbers:
-            os.close(number)
-        self.numbers.clear()
 
 
 class BubblewrapRuntime:
@@ -101,7 +71,10 @@ class BubblewrapRuntime:
         self._filters = (b"", b"")
         self._etc = Path()
         self._bwrap = shutil.which("bwrap") or ""
-        self._children: list[subprocess.Popen[bytes]] = []
+        #: What starts copy; None without root, where bwrap copies the agent's own.
+        self._namespace: MountNamespace | None = None
+        #: The bwraps that we have started, by tag; those of an earlier process are no children.
+        self._children: dict[str, Child] = {}
 
     # ── probe ──
 
@@ -149,7 +122,7 @@ class BubblewrapRuntime:
         client = SupervisorClient(lambda _: None, lambda: None)
         try:
             running = await self.start(record, sandbox_pb2.SandboxSpec())
-            await client.connect(self._journal.directory(sandbox_id) / _SOCKET)
+            await client.connect(self._journal.directory(sandbox_id) / SOCKET)
         except SandboxGoneError:
             raise StartError(f"bwrap did not start it: {self.explain(record)}") from None
         finally:
@@ -177,6 +150,8 @@ class BubblewrapRuntime:
         match = re.search(r"(\d+)\.(\d+)(\.\d+)?", done.stdout)
         if match is None or (int(match[1]), int(match[2])) < (0, 8):
             raise OSError(0, f"bwrap {done.stdout.strip()} is too old: 0.8 is needed")
+        if self._root and self._namespace is None:
+            self._namespace = MountNamespace(SUPERVISOR, Path(self._bwrap))
         return match[0]
 
     # ── start ──
@@ -186,36 +161,40 @@ class BubblewrapRuntime:
         if spec.image not in ("", "host"):
             raise StartError(f"image {spec.image!r} is not known here; use host")
         asked = limits_of(spec)
+        self._plan(record)
+        # What is made from here on can be found again by this record.
+        self._journal.save(record)
+        return await self._start(record, asked)
+
+    async def prepare(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> Running:
+        """Start one that the journal does not know: an agent that is killed leaves it to a sweep.
+
+        Raises:
+            StartError: It does not run; something of it may be left.
+        """
+        self._plan(record)
+        return await self._start(record, limits_of(spec))
+
+    def _plan(self, record: Record) -> None:
         if self._root and not record.uid:
             record.uid = self._allocate_uid()
-        record.cgroup = record.sandbox_id if self._cgroups else ""
+        record.cgroup = (record.prepared_as or record.sandbox_id) if self._cgroups else ""
         record.mounted = self._root
-        # What is made from here on can be found again by this record.
-        await asyncio.to_thread(self._make, record, asked)
+        record.boot_id = boot_id()
+
+    async def _start(self, record: Record, asked: sandbox_pb2.Limits) -> Running:
         try:
-            async with asyncio.TaskGroup() as group:
-                # The record is on disk before the sandbox is called READY.
-                group.create_task(asyncio.to_thread(self._journal.sync, record.sandbox_id))
-                starting = group.create_task(self._start_first(record, asked))
-        except* (StartError, OSError) as failed:
-            raise StartError("; ".join(str(each) for each in failed.exceptions)) from None
-        pid = starting.result()
+            info, child = await asyncio.to_thread(self._make, record, asked)
+        except OSError as error:
+            raise StartError(str(error)) from None
+        self._children[self._tag(record)] = child
+        pid = await self._read_pid(info, record)
         try:
             process = Process(pid)
         except ProcessLookupError:
             raise StartError(f"it ended at once: {self.explain(record)}") from None
         record.pid, record.pid_start_ticks = pid, process.start_ticks
-        return Running(process, self._journal.directory(record.sandbox_id) / _SOCKET)
-
-    async def _start_first(self, record: Record, asked: sandbox_pb2.Limits) -> int:
-        """Start its first process; return the pid."""
-        descriptors = _Descriptors()
-        try:
-            info, child = self._spawn(record, asked, descriptors)
-        finally:
-            descriptors.close()
-        self._children.append(child)
-        return await self._read_pid(info, record)
+        return Running(process, self._journal.directory(record.sandbox_id) / SOCKET)
 
     def _allocate_uid(self) -> int:
         for uid in self._uids:
@@ -224,65 +203,69 @@ class BubblewrapRuntime:
                 return uid
         raise StartError(f"all {len(self._uids)} uids for sandboxes are in use")
 
-    def _make(self, record: Record, asked: sandbox_pb2.Limits) -> None:
-        record.boot_id = boot_id()
-        self._journal.save(record)
+    def _make(self, record: Record, asked: sandbox_pb2.Limits) -> tuple[int, Child]:
         directory = self._journal.directory(record.sandbox_id)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        write_names(directory, record.name or record.sandbox_id)
         if self._cgroups is not None:
-            self._cgroups.create(
-                record.cgroup,
-                CgroupLimits(asked.memory_bytes, asked.processes_max, asked.cpu_millicores),
-            )
+            self._cgroups.create(record.cgroup, cgroup_limits(asked))
         if self._root:
             workspace = directory / "workspace"
             workspace.mkdir(mode=0o700, exist_ok=True)
-            if not os.path.ismount(workspace):
-                host.mount_tmpfs(workspace, workspace_bytes(asked), record.uid)
+            host.hold_tmpfs(workspace, workspace_bytes(asked), record.uid)
+        descriptors = Descriptors()
+        try:
+            return self._spawn(record, asked, descriptors)
+        finally:
+            descriptors.close()
 
     def _spawn(
-        self, record: Record, asked: sandbox_pb2.Limits, descriptors: _Descriptors
-    ) -> tuple[int, "subprocess.Popen[bytes]"]:
+        self, record: Record, asked: sandbox_pb2.Limits, descriptors: Descriptors
+    ) -> tuple[int, Child]:
         """Start bwrap; return the pipe that it tells its child's pid on."""
         directory = self._journal.directory(record.sandbox_id)
-        listener = descriptors.add(_listen(directory / _SOCKET))
+        listener = descriptors.add(_listen(directory / SOCKET))
         info_read, info_write = os.pipe2(os.O_CLOEXEC)
         descriptors.add(info_write)
         procs = [str(path) for path in self._procs_files(record)]
-        arguments = [
-            *(str(SUPERVISOR), "launch", str(record.uid), str(_SUPERVISOR_FILES)),
-            *(str(len(procs)), *procs, *self._binds(record), "--"),
+        bwrap = [
             *(self._bwrap, "--info-fd", str(info_write)),
             *self._isolation(record, descriptors),
             *self._files(record, asked, descriptors),
             *("--", _INSIDE, "supervise", str(listener), str(asked.open_files_max)),
             "0" if self._cgroups else str(asked.processes_max),
-            f"{self._node_id}/{record.sandbox_id}",
+            self._tag(record),
         ]
-        self._reap()
+        namespace = self._namespace.descriptor if self._namespace else -1
+        arguments = [
+            *namespace_arguments(record, directory),
+            *(str(SUPERVISOR), "launch-in", str(namespace)),
+            *(",".join(map(str, sorted(descriptors.numbers))), str(record.uid)),
+            *(str(_SUPERVISOR_FILES), str(len(procs)), *procs, *self._binds(record)),
+            *("--", *bwrap),
+        ]
+        passed = [*descriptors.numbers, *([namespace] if namespace >= 0 else [])]
         try:
             with (directory / _LOG).open("wb") as log:
-                child = subprocess.Popen(  # noqa: S603
-                    arguments,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=descriptors.numbers,
-                    env={},
-                    cwd="/",
-                )
+                child = spawn(arguments, log.fileno(), passed)
         except OSError:
             os.close(info_read)
             raise
         return info_read, child
+
+    def _tag(self, record: Record) -> str:
+        return f"{self._node_id}/{record.prepared_as or record.sandbox_id}"
 
     def _procs_files(self, record: Record) -> list[Path]:
         return list(self._cgroups.procs_files(record.cgroup)) if self._cgroups else []
 
     def _sources(self, record: Record) -> dict[str, Path]:
         """Return what of ours bwrap mounts, by name."""
+        directory = self._journal.directory(record.sandbox_id)
         sources = {"etc": self._etc, "supervisor": SUPERVISOR}
+        sources |= {name: directory / name for name in (HOSTS, HOSTNAME)}
         if self._root:
-            sources["workspace"] = self._journal.directory(record.sandbox_id) / "workspace"
+            sources["workspace"] = directory / "workspace"
         return sources
 
     def _staged(self, record: Record, name: str) -> str:
@@ -297,9 +280,10 @@ class BubblewrapRuntime:
         pairs = [text for name, path in sources.items() for text in (str(path), name)]
         return [str(len(sources)), *pairs]
 
-    def _isolation(self, record: Record, descriptors: _Descriptors) -> Iterator[str]:
+    def _isolation(self, record: Record, descriptors: Descriptors) -> Iterator[str]:
         yield from (
             "--unshare-user", "--unshare-all", "--disable-userns", "--cap-drop", "ALL",
+            *(("--share-net",) if record.device else ()),
             "--new-session", "--clearenv", "--as-pid-1",
             "--uid", str(image.USER_ID), "--gid", str(image.USER_ID),
             "--hostname", record.name or record.sandbox_id,
@@ -308,21 +292,20 @@ class BubblewrapRuntime:
             yield from ("--add-seccomp-fd", str(descriptors.add_data(program)))
 
     def _files(
-        self, record: Record, asked: sandbox_pb2.Limits, descriptors: _Descriptors
+        self, record: Record, asked: sandbox_pb2.Limits, descriptors: Descriptors
     ) -> Iterator[str]:
         """Yield what the sandbox sees."""
-        name = record.name or record.sandbox_id
-        hosts = f"127.0.0.1 localhost {name}\n::1 localhost\n".encode()
         yield from image.system_arguments()
         yield from ("--ro-bind", self._staged(record, "etc"), "/etc")
-        yield from ("--ro-bind-data", str(descriptors.add_data(hosts)), "/etc/hosts")
+        for name in (HOSTS, HOSTNAME):
+            yield from ("--ro-bind", self._staged(record, name), f"/etc/{name}")
         yield from (
             "--ro-bind-data",
-            str(descriptors.add_data(f"{name}\n".encode())),
-            "/etc/hostname",
+            str(descriptors.add_data(resolver_configuration(record))),
+            "/etc/resolv.conf",
         )
         yield from ("--proc", "/proc", "--dev", "/dev")
-        small = str(min(asked.disk_bytes, max(MIB, asked.memory_bytes // 4)))
+        small = str(small_bytes(asked))
         yield from ("--perms", "1777", "--size", small, "--tmpfs", "/dev/shm")  # noqa: S108
         yield from ("--remount-ro", "/dev")
         yield from ("--perms", "1777", "--size", small, "--tmpfs", "/tmp")  # noqa: S108
@@ -370,7 +353,7 @@ class BubblewrapRuntime:
             process = Process(record.pid, record.pid_start_ticks)
         except (ProcessLookupError, OSError):
             return None
-        return Running(process, self._journal.directory(record.sandbox_id) / _SOCKET)
+        return Running(process, self._journal.directory(record.sandbox_id) / SOCKET)
 
     async def pause(self, record: Record) -> None:
         """Freeze its cgroup."""
@@ -383,24 +366,40 @@ class BubblewrapRuntime:
         if self._cgroups is not None and record.cgroup:
             await asyncio.to_thread(self._cgroups.thaw, record.cgroup)
 
+    async def resize(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> None:
+        """Set the limits of its cgroup, and the size of its files."""
+        await asyncio.to_thread(self._resize, record, limits_of(spec))
+
+    def _resize(self, record: Record, asked: sandbox_pb2.Limits) -> None:
+        if self._cgroups is None or not record.cgroup:
+            text = "without cgroups other limits hold only when the sandbox is started again"
+            raise OSError(errno.EOPNOTSUPP, text)
+        self._cgroups.limit(record.cgroup, cgroup_limits(asked))
+        if record.mounted:
+            workspace = self._journal.directory(record.sandbox_id) / "workspace"
+            host.resize_tmpfs(workspace, workspace_bytes(asked))
+
     async def kill(self, record: Record) -> None:
         """Kill every process of it, and return once none is left."""
         await asyncio.to_thread(self._kill, record)
-        self._reap()
+        self._reap(self._tag(record))
 
     def _kill(self, record: Record) -> None:
         if self._cgroups is not None and record.cgroup:
             self._cgroups.kill(record.cgroup)
         else:
-            host.kill_supervised(f"{self._node_id}/{record.sandbox_id}", exact=True)
+            host.kill_supervised(self._tag(record), exact=True)
 
-    def _reap(self) -> None:
-        self._children = [child for child in self._children if child.poll() is None]
+    def _reap(self, tag: str) -> None:
+        child = self._children.get(tag)
+        if child is not None and child.has_ended():
+            del self._children[tag]
 
     async def delete(self, record: Record) -> None:
         """Remove its mounts, cgroups and files except for the record; kills it first."""
+        tag = self._tag(record)
         await asyncio.to_thread(self._delete, record)
-        self._reap()
+        self._reap(tag)
 
     def _delete(self, record: Record) -> None:
         self._kill(record)
@@ -416,7 +415,7 @@ class BubblewrapRuntime:
                 shutil.rmtree(entry)
             else:
                 entry.unlink(missing_ok=True)
-        record.mounted, record.cgroup = False, ""
+        record.mounted, record.cgroup, record.prepared_as = False, "", ""
         self._uids_used.discard(record.uid)
         record.uid = 0
 
@@ -425,7 +424,13 @@ class BubblewrapRuntime:
         if self._cgroups is None or not record.cgroup:
             return Usage()
         measured = self._cgroups.usage(record.cgroup)
-        return Usage(measured.memory_bytes, measured.processes, measured.oom_kills)
+        return Usage(
+            measured.memory_bytes,
+            max(0, measured.processes - PROCESSES_OWN),
+            measured.oom_kills,
+            measured.cpu_ns,
+            measured.memory_limit_bytes,
+        )
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """Remove what belongs to no sandbox in `keep`."""
@@ -433,11 +438,14 @@ class BubblewrapRuntime:
 
     def _sweep(self, keep: set[str]) -> list[str]:
         found: list[str] = []
+        # What was taken from the pool is called as it was there.
+        records = self._journal.load()[0]
+        known = keep | {records[name].prepared_as for name in keep if name in records}
         for pid, tag in host.supervised(f"{self._node_id}/"):
-            if tag.partition("/")[2] not in keep:
+            if tag.partition("/")[2] not in known:
                 found.append(f"process {pid} of {tag}")
                 host.kill_supervised(tag, exact=True)
-        for name in sorted(self._cgroups.names() - keep) if self._cgroups else []:
+        for name in sorted(self._cgroups.names() - known) if self._cgroups else []:
             found.append(f"cgroup {name}")
             if self._cgroups is not None:
                 self._cgroups.remove(name)
@@ -449,7 +457,11 @@ class BubblewrapRuntime:
 
     async def close(self) -> None:
         """Remove the image if no sandbox is left that may use it."""
-        self._reap()
+        for tag in list(self._children):
+            self._reap(tag)
+        if self._namespace is not None:
+            self._namespace.close()
+            self._namespace = None
         if not any(self._journal.path.iterdir()):
             await asyncio.to_thread(shutil.rmtree, self._image, ignore_errors=True)
 

@@ -40,6 +40,9 @@ class FakeRuntime:
     async def resume(self, record: Record) -> None:
         """There is nothing to thaw."""
 
+    async def resize(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> None:
+        """There is nothing to hold to limits."""
+
     async def kill(self, record: Record) -> None:
         """There is nothing to kill."""
 

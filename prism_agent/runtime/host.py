@@ -10,20 +10,22 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-_MS_NOSUID, _MS_NODEV = 2, 4
+_MS_NOSUID, _MS_NODEV, _MS_REMOUNT = 2, 4, 32
 _MNT_DETACH: Final = 2
 #: Far above what distributions give to people, services and containers.
 _UID_BASE: Final = 0x1000_0000
 _UIDS_AN_AGENT: Final = 4096
 _AGENTS: Final = 65_536
+#: Each runtime that gives uids has a region of its own.
+_REGION_UIDS: Final = _UIDS_AN_AGENT * _AGENTS
 #: In a container with few uids mapped.
 _UID_BASE_SMALL: Final = 30_000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def uid_range(node_id: str) -> range:
-    """Return the uids that this agent gives to its sandboxes; empty: there are not enough.
+def uid_range(node_id: str, region: int = 0) -> range:
+    """Return the uids that a runtime of this agent gives to sandboxes; empty: there are not enough.
 
     Two agents of one machine have different ranges, most probably; if not, the other namespaces
     still separate their sandboxes.
@@ -32,11 +34,12 @@ def uid_range(node_id: str) -> range:
     for line in Path("/proc/self/uid_map").read_text(encoding="ascii").splitlines():
         inside, _, count = (int(field) for field in line.split())
         mapped = max(mapped, inside + count)
-    if mapped > _UID_BASE + _UIDS_AN_AGENT * _AGENTS:
+    if mapped > _UID_BASE + (region + 1) * _REGION_UIDS:
         agent = zlib.crc32(node_id.encode()) % _AGENTS
-        base = _UID_BASE + agent * _UIDS_AN_AGENT
+        base = _UID_BASE + region * _REGION_UIDS + agent * _UIDS_AN_AGENT
         return range(base, base + _UIDS_AN_AGENT)
-    return range(_UID_BASE_SMALL, min(mapped, _UID_BASE_SMALL + _UIDS_AN_AGENT))
+    base = _UID_BASE_SMALL + region * _UIDS_AN_AGENT
+    return range(base, min(mapped, base + _UIDS_AN_AGENT))
 
 
 def mount_tmpfs(path: Path, size_bytes: int, uid: int) -> None:
@@ -49,6 +52,32 @@ def mount_tmpfs(path: Path, size_bytes: int, uid: int) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"mount {path}: {os.strerror(number)}")
+
+
+def resize_tmpfs(path: Path, size_bytes: int) -> None:
+    """Give a file system of `mount_tmpfs` another size, wherever else it is seen.
+
+    Raises:
+        OSError: It holds more than that.
+    """
+    inodes = max(1024, size_bytes // 4096)
+    options = f"size={size_bytes},nr_inodes={inodes}"
+    flags = _MS_REMOUNT | _MS_NOSUID | _MS_NODEV
+    if _libc.mount(b"prism", os.fsencode(path), b"tmpfs", flags, options.encode()) != 0:
+        number = ctypes.get_errno()
+        if number == errno.EINVAL:
+            text = f"its files in /workspace take more than {size_bytes >> 20} MiB"
+            raise OSError(errno.ENOSPC, text)
+        raise OSError(number, f"remount {path}: {os.strerror(number)}")
+
+
+def hold_tmpfs(path: Path, size_bytes: int, uid: int) -> None:
+    """Mount a file system, or give the one that there is its size, if its files allow that."""
+    if os.path.ismount(path):
+        with contextlib.suppress(OSError):
+            resize_tmpfs(path, size_bytes)
+    else:
+        mount_tmpfs(path, size_bytes, uid)
 
 
 def unmount(path: Path) -> None:

@@ -10,9 +10,14 @@ from prism.node.v1 import node_pb2
 from prism_agent.cgroups import Cgroups
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal
+from prism_agent.network.egress import Networks
+from prism_agent.network.networked import Networked
+from prism_agent.network.resolver import Resolvers
 from prism_agent.runtime.base import Probe, Runtime
 from prism_agent.runtime.bubblewrap import BubblewrapRuntime
 from prism_agent.runtime.fake import FakeRuntime
+from prism_agent.runtime.gvisor import GvisorRuntime
+from prism_agent.runtime.warm import WarmRuntime
 from prism_common.errors import StartupError
 
 logger = logging.getLogger(__name__)
@@ -32,16 +37,34 @@ class Found:
 
 
 def known_runtimes(
-    data: DataDirectory, journal: Journal, cgroups: Cgroups | None
+    data: DataDirectory,
+    journal: Journal,
+    cgroups: Cgroups | None,
+    networks: Networks | None = None,
+    warm: WarmRuntime | None = None,
 ) -> dict[str, Runtime]:
-    """Return every runtime that there is, untried."""
-    runtimes: list[Runtime] = [BubblewrapRuntime(data, journal, cgroups), FakeRuntime()]
+    """Return every runtime that there is, untried. Without `networks` none can be made."""
+    networks = networks or Networks(data.state.node_id, journal, Resolvers([]))
+    runtimes: list[Runtime] = [
+        Networked(warm or make_warm(data, journal, cgroups), networks),
+        Networked(GvisorRuntime(data, journal, cgroups), networks),
+        FakeRuntime(),
+    ]
     return {runtime.name: runtime for runtime in runtimes}
 
 
+def make_warm(data: DataDirectory, journal: Journal, cgroups: Cgroups | None) -> WarmRuntime:
+    """Return bubblewrap with a pool of prepared sandboxes, which is empty until it is filled."""
+    return WarmRuntime(BubblewrapRuntime(data, journal, cgroups), journal, cgroups)
+
+
 def candidates(asked: str, known: dict[str, Runtime]) -> list[Runtime]:
-    """Return what to try: never one that does not isolate, unless it was asked for by name."""
-    return [known["bubblewrap"] if asked == "auto" else known[asked]]
+    """Return what to try, best first: never one that does not isolate, unless asked for by name.
+
+    Of `auto`, bubblewrap comes first: it serves every kind of sandbox. A sandbox that asks for
+    gvisor gets that; --runtime=gvisor runs nothing else. Why, says docs/adr/0017-gvisor.md.
+    """
+    return [known[name] for name in (("bubblewrap", "gvisor") if asked == "auto" else (asked,))]
 
 
 async def try_all(runtimes: list[Runtime]) -> list[node_pb2.RuntimeStatus]:
@@ -65,14 +88,19 @@ async def try_all(runtimes: list[Runtime]) -> list[node_pb2.RuntimeStatus]:
 
 
 async def probe(
-    asked: str, data: DataDirectory, journal: Journal, cgroups: Cgroups | None
+    asked: str,
+    data: DataDirectory,
+    journal: Journal,
+    cgroups: Cgroups | None,
+    networks: Networks | None = None,
+    warm: WarmRuntime | None = None,
 ) -> Found:
     """Try the runtime that was asked for, or all that isolate.
 
     Raises:
         StartupError: None works. An agent that cannot isolate does not run anything.
     """
-    known = known_runtimes(data, journal, cgroups)
+    known = known_runtimes(data, journal, cgroups, networks, warm)
     statuses = await try_all(candidates(asked, known))
     working = {each.name: known[each.name] for each in statuses if each.ready}
     if not working:

@@ -56,15 +56,17 @@ class SupervisorClient:
         loop = asyncio.get_running_loop()
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.setblocking(False)
-        # A path in the data directory may be longer than an address can be.
-        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            await _connect(connection, f"/proc/self/fd/{directory}/{path.name}")
+            # A path in the data directory may be longer than an address can be; and a link that a
+            # sandbox has put there must not lead to another's socket.
+            named = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                await _connect(connection, f"/proc/self/fd/{named}")
+            finally:
+                os.close(named)
         except (OSError, TimeoutError) as error:
             connection.close()
             raise SandboxGoneError(f"the sandbox does not answer: {error}") from None
-        finally:
-            os.close(directory)
         self._socket = connection
         loop.add_reader(connection, self._receive)
         self._hello = loop.create_future()

@@ -26,6 +26,10 @@ struct exec {
     int stdin_write;
     int slave;   /* of its terminal: while it is open, reading the master does not end */
     int failure; /* read end: what kept the program from being executed */
+    int input;        /* where it comes by name: what is read goes to stdin_write */
+    int input_hold;   /* its other end, so that it does not end with the agent */
+    bool input_waits; /* stdin_write is full: its room is watched, and not the input */
+    uint32_t typed_begin, typed_end;
     struct pipe_end pipes[2];
     struct ring_header header;
     uint64_t allocated;  /* bytes of the ring that surely have room on disk */
@@ -33,12 +37,13 @@ struct exec {
     int64_t wait_offset; /* tell when there is output beyond it; -1: nobody asks */
     bool tell;           /* an UPDATE is due */
     bool full;           /* the disk was full: try again soon */
+    bool throttled;      /* its output came too fast: go on when there is room */
     bool unwritten;      /* the header is newer than what the file holds: try again soon */
     uint64_t deadline_ns; /* monotonic; 0: none */
 };
 
 /* What an event of epoll is about: the upper half of its data. */
-enum { KEY_LISTEN = 1, KEY_CONNECTION, KEY_SIGNAL, KEY_PIPE };
+enum { KEY_LISTEN = 1, KEY_CONNECTION, KEY_SIGNAL, KEY_PIPE, KEY_INPUT };
 
 extern struct exec execs[EXECS_MAX];
 extern rlim_t open_files_max, processes_max;
@@ -49,6 +54,12 @@ uint64_t now_ns(clockid_t clock);
 void close_fd(int *fd);
 bool watch(int fd, uint32_t key, uint32_t index, uint32_t events);
 void unwatch(int fd);
+
+/* rate.c */
+void set_rate(uint64_t bytes_per_s);
+size_t rate_room(size_t asked);
+void rate_take(size_t bytes);
+uint64_t rate_wait_ns(void);
 
 /* output.c */
 void write_header(struct exec *exec);

@@ -1,13 +1,21 @@
 /* Outside the sandbox: enter its cgroups, become its user, and execute what isolates.
  *
  *   prism-supervisor launch UID OPEN_FILES_MAX CGROUPS [PROCS_FILE…] BINDS [SOURCE TARGET]… -- PROGRAM [ARG…]
+ *   prism-supervisor launch-in NAMESPACE DESCRIPTORS UID …
+ *   prism-supervisor namespace MOUNT_POINT…
  *
- * UID 0 keeps the user. The process is in every cgroup, and has no privilege left, before anything
- * of the sandbox runs.
+ * UID 0 keeps the user. NAMESPACE is a descriptor of the mount namespace to copy; -1, or without, this
+ * process's own is. DESCRIPTORS are all that PROGRAM has beyond the first three, as 4,7,9: any other
+ * that it would inherit is closed. The process is in every cgroup, and has no privilege left, before anything of the sandbox
+ * runs.
  *
  * The sandbox's user may not enter the agent's data directory, and bwrap finds what it mounts by
  * path. So what it needs of there is shown below a directory of a mount namespace that only it has;
- * with the last process of the sandbox that is gone too. */
+ * with the last process of the sandbox that is gone too.
+ *
+ * That namespace is a copy, and the host's own has a mount for each sandbox's files: copying those
+ * would make each start slower than the one before. So there is one without them, to copy from: the
+ * third form makes it, and holds it until its input ends. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -52,33 +60,73 @@ static int set_limit(int resource, rlim_t value)
 #define STAGE "/tmp"
 #define BINDS_MAX 8
 
-static int stage(int count, char **pairs)
+static int stage(int namespace, int count, char **pairs)
 {
-    char path[256], source[64];
+    char path[256];
     int fds[BINDS_MAX];
+    struct stat status[BINDS_MAX];
+    /* Taken before they may be hidden, or be of a namespace that is not ours any more. */
+    for (int i = 0; i < count; i++)
+        if ((fds[i] = open_tree(AT_FDCWD, pairs[2 * i], OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)) < 0 ||
+            fstat(fds[i], &status[i]) != 0)
+            return fail(pairs[2 * i]);
+    if (namespace >= 0 && (setns(namespace, CLONE_NEWNS) != 0 || close(namespace) != 0))
+        return fail("mount namespace to copy");
     if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
         return fail("mount namespace");
-    /* Opened in the new namespace, and before the stage may hide them. */
-    for (int i = 0; i < count; i++)
-        if ((fds[i] = open(pairs[2 * i], O_PATH | O_CLOEXEC)) < 0)
-            return fail(pairs[2 * i]);
     if (mount("prism", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=64k,mode=0755") != 0)
         return fail(STAGE);
     for (int i = 0; i < count; i++) {
-        struct stat status;
-        snprintf(source, sizeof source, "/proc/self/fd/%d", fds[i]);
-        if (snprintf(path, sizeof path, STAGE "/%s", pairs[2 * i + 1]) >= (int)sizeof path ||
-            fstat(fds[i], &status) != 0)
+        if (snprintf(path, sizeof path, STAGE "/%s", pairs[2 * i + 1]) >= (int)sizeof path)
             return fail(pairs[2 * i]);
-        int made = S_ISDIR(status.st_mode) ? mkdir(path, 0755) : mknod(path, S_IFREG | 0644, 0);
-        if (made != 0 || mount(source, path, NULL, MS_BIND, NULL) != 0)
+        int made = S_ISDIR(status[i].st_mode) ? mkdir(path, 0755) : mknod(path, S_IFREG | 0644, 0);
+        if (made != 0 || move_mount(fds[i], "", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH) != 0 ||
+            mount(NULL, path, NULL, MS_PRIVATE, NULL) != 0)
             return fail(pairs[2 * i]);
+        close(fds[i]);
     }
     return 0;
 }
 
+/* Make the mount namespace that launches copy: the host's without these mounts. Says so by a byte. */
+int hold_namespace(int argc, char **argv)
+{
+    char byte = 0;
+    if (unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
+        return fail("mount namespace");
+    for (int i = 2; i < argc; i++)
+        if (umount2(argv[i], MNT_DETACH | UMOUNT_NOFOLLOW) != 0 && errno != EINVAL && errno != ENOENT)
+            return fail(argv[i]);
+    if (write(STDOUT_FILENO, &byte, 1) != 1)
+        return 1;
+    return read(STDIN_FILENO, &byte, 1) == 0 ? 0 : 1;
+}
+
+/* Close all but the first three and those in a list, which is in ascending order. */
+static int keep_only(char *list)
+{
+    unsigned next = 3;
+    for (char *part = strtok(list, ","); part; part = strtok(NULL, ",")) {
+        unsigned kept = (unsigned)strtoul(part, NULL, 10);
+        if (kept < next || (kept > next && close_range(next, kept - 1, 0) != 0))
+            return -1;
+        next = kept + 1;
+    }
+    return close_range(next, ~0u, 0);
+}
+
 int launch(int argc, char **argv)
 {
+    int namespace = -1;
+    char *kept = NULL;
+    if (strcmp(argv[1], "launch-in") == 0) {
+        if (argc < 4)
+            return 2;
+        namespace = atoi(argv[2]);
+        kept = argv[3];
+        argc -= 2;
+        argv += 2;
+    }
     if (argc < 7)
         return 2;
     uid_t uid = (uid_t)strtoul(argv[2], NULL, 10);
@@ -91,6 +139,8 @@ int launch(int argc, char **argv)
         return 2;
     setsid();
     umask(022);
+    if (chdir("/") != 0)
+        return fail("/");
     for (int i = 0; i < cgroups; i++)
         if (write_file(argv[5 + i], "0") != 0)
             return fail(argv[5 + i]);
@@ -100,8 +150,10 @@ int launch(int argc, char **argv)
     /* The supervisor needs descriptors of its own; it gives each exec the sandbox's limit. */
     if (set_limit(RLIMIT_CORE, 0) != 0 || set_limit(RLIMIT_NOFILE, open_files) != 0)
         return fail("setrlimit");
-    if (binds > 0 && stage(binds, &argv[6 + cgroups]) != 0)
+    if (binds > 0 && stage(namespace, binds, &argv[6 + cgroups]) != 0)
         return 1;
+    if (kept && keep_only(kept) != 0)
+        return fail("descriptors");
     if (uid != 0 && (setgroups(0, NULL) != 0 || setresgid(uid, uid, uid) != 0 ||
                      setresuid(uid, uid, uid) != 0))
         return fail("setresuid");

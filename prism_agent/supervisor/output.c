@@ -130,6 +130,8 @@ bool take_output(struct exec *exec, int stream)
         int64_t left = exec->window - (int64_t)header->head - (int64_t)sizeof record;
         room = left < (int64_t)room ? (left > 0 ? (size_t)left : 0) : room;
     }
+    if (room > 0 && (room = rate_room(room)) == 0)
+        exec->throttled = true;
     /* Only a retry clears it: output of one stream that fits must not leave the other unwatched. */
     if (room > 0 && !allocate(exec, header->head + sizeof record + room))
         exec->full = true;
@@ -162,6 +164,7 @@ bool take_output(struct exec *exec, int stream)
         return false;
     }
     header->head = head;
+    rate_take((size_t)got);
     pipe->pending -= pipe->pending < got ? pipe->pending : got;
     write_header(exec);
     check_drained(exec);
@@ -174,13 +177,13 @@ bool take_output(struct exec *exec, int stream)
 
 void resume_output(struct exec *exec)
 {
-    exec->full = false;
+    exec->full = exec->throttled = false;
     for (int stream = 0; stream < 2; stream++)
         if (exec->pipes[stream].fd >= 0 && !exec->pipes[stream].watched)
             while (take_output(exec, stream) && exec->header.state == STATE_EXITED)
                 ;
     for (int stream = 0; stream < 2; stream++)
         if (exec->window < 0 || exec->window > (int64_t)(exec->header.head + sizeof(struct record_header)))
-            set_watched(exec, stream, !exec->full);
+            set_watched(exec, stream, !exec->full && !exec->throttled);
 }
 

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define PRISM_MAGIC 0x314d5350u /* "PSM1" */
-#define PRISM_VERSION 2
+#define PRISM_VERSION 4
 
 /* Execs that run at once, or have run and are not yet forgotten by the agent. */
 #define EXECS_MAX 640
@@ -20,10 +20,12 @@
 #define RING_BYTES_MIN (128 * 1024)
 #define RING_BYTES_MAX (1024 * 1024 * 1024)
 #define READ_BYTES (64 * 1024)
+#define OUTPUT_BYTES_PER_S_MAX (1ll << 34)
 
 enum request_kind {
     REQUEST_HELLO = 1,       /* → HELLO, and an UPDATE for each exec known */
-    REQUEST_EXEC = 2,        /* number, timeout_ns, flags; fds: spec, ring[, stdin read, stdin write] */
+    REQUEST_EXEC = 2,        /* number, timeout_ns, flags; fds: spec, ring[, stdin read, stdin write],
+                                or none where they come by name (named.c, since version 3) */
     REQUEST_SIGNAL = 3,      /* exec, signal */
     REQUEST_CLOSE_STDIN = 4, /* exec */
     REQUEST_STDIN = 5,       /* exec → STDIN with a descriptor, if it is still open */
@@ -32,6 +34,8 @@ enum request_kind {
     REQUEST_FORGET = 8,      /* exec, which has ended */
     REQUEST_TERMINATE = 9,   /* SIGTERM to all; the supervisor ends with the last of them */
     REQUEST_RESIZE = 10,     /* exec with a terminal, rows, columns; since version 2 */
+    REQUEST_LIMITS = 11,     /* open files of what is run from now on, 0: as it was; bytes a second of
+                                all output, 0: no bound; since version 4 */
 };
 
 #define EXEC_STDIN 1

@@ -7,10 +7,12 @@ from typing import Final
 
 MAGIC: Final = 0x314D5350
 #: What is asked of supervisors. Those that an older agent has started are of an older version.
-VERSION: Final = 2
+VERSION: Final = 4
 VERSION_MIN: Final = 1
 #: The first that has terminals.
 VERSION_TERMINAL: Final = 2
+#: The first that takes limits.
+VERSION_LIMITS: Final = 4
 EXECS_MAX: Final = 640
 SPEC_BYTES_MAX: Final = 512 * 1024
 RING_HEADER_BYTES: Final = 4096
@@ -37,6 +39,7 @@ class Request(IntEnum):
     FORGET = 8
     TERMINATE = 9
     RESIZE = 10
+    LIMITS = 11
 
 
 class Event(IntEnum):

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "exec.h"
+#include "named.h"
 
 static char spec_buffer[SPEC_BYTES_MAX + 1];
 static char *spec_strings[SPEC_STRINGS_MAX + 2];
@@ -27,6 +28,7 @@ struct exec *find_exec(uint64_t number)
 void forget(struct exec *exec)
 {
     close_fd(&exec->ring);
+    close_input(exec);
     close_fd(&exec->stdin_write);
     close_fd(&exec->failure);
     close_fd(&exec->slave);
@@ -117,7 +119,8 @@ static void run_child(int input, int output, int errors, int failure, bool termi
             _exit(125);
     if (terminal && ioctl(STDIN_FILENO, TIOCSCTTY, 0) != 0)
         _exit(125);
-    if (close_range(4, ~0u, 0) != 0)
+    /* Not ~0u: gVisor takes it for -1. */
+    if (close_range(4, INT_MAX, 0) != 0)
         _exit(125);
     signal(SIGPIPE, SIG_DFL);
     sigemptyset(&none);
@@ -127,6 +130,8 @@ static void run_child(int input, int output, int errors, int failure, bool termi
     if (processes_max > 0)
         setrlimit(RLIMIT_NPROC, &(struct rlimit){processes_max, processes_max});
     umask(022);
+    if (become_user() != 0)
+        _exit(125);
     if (chdir(spec_strings[0]) != 0)
         fail_exec(spec_strings[0], errno);
     execute(&spec_strings[1], &spec_strings[1 + argc + 1]);
@@ -144,10 +149,18 @@ int set_window_size(int master, int64_t rows, int64_t columns)
  * path; `ends` are master and slave. 0 or an errno. */
 static int open_terminal(int ends[2], int64_t rows, int64_t columns)
 {
-    int locked = 0;
+    int locked = 0, number;
+    char path[32];
     if ((ends[0] = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC)) < 0 ||
-        ioctl(ends[0], TIOCSPTLCK, &locked) != 0 ||
-        (ends[1] = ioctl(ends[0], TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0)
+        ioctl(ends[0], TIOCSPTLCK, &locked) != 0)
+        return errno;
+    ends[1] = ioctl(ends[0], TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    if (ends[1] < 0 && is_named() && ioctl(ends[0], TIOCGPTN, &number) == 0) {
+        /* gVisor has no such call; nobody but its kernel can have put anything else there. */
+        snprintf(path, sizeof path, "/dev/pts/%d", number);
+        ends[1] = open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
+    }
+    if (ends[1] < 0)
         return errno;
     return set_window_size(ends[0], rows, columns);
 }
@@ -157,11 +170,16 @@ static int start_process(struct exec *exec, int input, int64_t flags, uint32_t a
 {
     int pipes[3][2] = {{-1, -1}, {-1, -1}, {-1, -1}};
     int error = 0, null = -1;
+    act_as_user(true);
     if (exec->terminal)
         error = open_terminal(pipes[0], flags >> 16 & UINT16_MAX, flags >> 32 & UINT16_MAX);
-    for (int i = exec->terminal ? 2 : 0; i < 3 && !error; i++)
+    for (int i = exec->terminal ? 2 : 0; i < 3 && !error; i++) {
+        if (i == 2)
+            act_as_user(false);
         if (pipe2(pipes[i], O_CLOEXEC) != 0)
             error = errno;
+    }
+    act_as_user(false);
     if (!error && exec->terminal)
         input = pipes[0][1];
     if (!error && input < 0 && (null = open("/dev/null", O_RDONLY | O_CLOEXEC)) < 0)
@@ -207,7 +225,7 @@ int start_exec(const struct message *request, int *fds, int fd_count)
     struct exec *exec = NULL;
     if (terminating)
         return ESHUTDOWN;
-    if (fd_count != (with_stdin && !terminal ? 4 : 2) || request->a < 0)
+    if (fd_count != (is_named() ? 0 : with_stdin && !terminal ? 4 : 2) || request->a < 0)
         return EBADMSG;
     if (find_exec(request->exec))
         return EEXIST;
@@ -216,16 +234,21 @@ int start_exec(const struct message *request, int *fds, int fd_count)
     if (!exec)
         return ENOBUFS;
     *exec = (struct exec){.number = request->exec, .terminal = terminal, .ring = -1,
-                          .stdin_write = -1, .slave = -1, .failure = -1,
+                          .stdin_write = -1, .slave = -1, .failure = -1, .input = -1,
+                          .input_hold = -1,
                           .pipes = {{.fd = -1}, {.fd = -1}}, .wait_offset = 0};
     struct stat status;
-    if (fstat(fds[1], &status) != 0 || !S_ISREG(status.st_mode) ||
-        status.st_size < RING_HEADER_BYTES + RING_BYTES_MIN ||
-        status.st_size > RING_HEADER_BYTES + (off_t)RING_BYTES_MAX)
-        return EBADMSG;
-    int error = read_spec(fds[0], &argc);
-    if (error)
+    int error = is_named() ? open_named(exec, fds, with_stdin) : 0;
+    if (!error && (fstat(fds[1], &status) != 0 || !S_ISREG(status.st_mode) ||
+                   status.st_size < RING_HEADER_BYTES + RING_BYTES_MIN ||
+                   status.st_size > RING_HEADER_BYTES + (off_t)RING_BYTES_MAX))
+        error = EBADMSG;
+    if (!error)
+        error = read_spec(fds[0], &argc);
+    if (error) {
+        close_input(exec);
         return error;
+    }
     exec->header.magic = PRISM_MAGIC;
     exec->header.capacity = (uint64_t)status.st_size - RING_HEADER_BYTES;
     exec->window = request->b & EXEC_OVERWRITE ? -1 : (int64_t)exec->header.capacity;
@@ -250,6 +273,7 @@ int start_exec(const struct message *request, int *fds, int fd_count)
     exec->tell = true;
     set_watched(exec, 0, true);
     set_watched(exec, 1, true);
+    watch_input(exec);
     return 0;
 }
 

@@ -1,6 +1,7 @@
 /* The first process of every sandbox: starts execs, takes their output, reaps, reports.
  *
  *   prism-supervisor supervise LISTEN_FD OPEN_FILES_MAX PROCESSES_MAX ID   (inside, PID 1)
+ *   prism-supervisor supervise DIRECTORY OPEN_FILES_MAX PROCESSES_MAX ID   (the same; named.c)
  *   prism-supervisor launch …                                            (outside; launch.c)
  *
  * It outlives the agent. An agent that was killed finds the listening socket by its path and asks
@@ -27,8 +28,9 @@
 
 #include "exec.h"
 #include "launch.h"
+#include "named.h"
 
-#define FDS_MAX 4
+#define FDS_MAX NAMED_FDS
 #define RETRY_NS 100000000
 
 struct exec execs[EXECS_MAX];
@@ -186,6 +188,7 @@ static void record_exit(struct exec *exec, int status)
         header->reason = error == ENOENT || error == ENOTDIR ? REASON_NOT_FOUND : REASON_NOT_EXECUTABLE;
     }
     close_fd(&exec->failure);
+    close_input(exec);
     close_fd(&exec->stdin_write);
     close_fd(&exec->slave);
     for (int stream = 0; stream < 2; stream++) {
@@ -250,7 +253,8 @@ static int handle_for_exec(const struct message *request, struct exec *exec)
         signal_exec(exec, (int)request->a);
         return 0;
     case REQUEST_CLOSE_STDIN:
-        close_fd(&exec->stdin_write);
+        /* What was typed and not yet read comes first. */
+        close_fd(exec->input >= 0 ? &exec->input_hold : &exec->stdin_write);
         return 0;
     case REQUEST_STDIN:
         answer(EVENT_STDIN, exec->number, exec->stdin_write < 0 ? EPIPE : 0, 0, exec->stdin_write);
@@ -258,7 +262,12 @@ static int handle_for_exec(const struct message *request, struct exec *exec)
     case REQUEST_RESIZE:
         if (!exec->terminal)
             return ENOTTY;
-        /* The kernel sends SIGWINCH. One that has ended has nobody to tell. */
+        /* The kernel sends SIGWINCH; gVisor's does not. One that has ended has nobody to tell. */
+        if (exec->pid > 0 && is_named()) {
+            int error = set_window_size(exec->pipes[0].fd, request->a, request->b);
+            signal_exec(exec, SIGWINCH);
+            return error;
+        }
         return exec->pid > 0 ? set_window_size(exec->pipes[0].fd, request->a, request->b) : 0;
     case REQUEST_WINDOW:
         if (exec->header.state != STATE_DRAINED)
@@ -289,9 +298,18 @@ static void handle(const struct message *request, int *fds, int fd_count)
         say_hello();
     } else if (request->kind == REQUEST_TERMINATE) {
         terminating = true;
+        /* What was held back would be lost with this process. */
+        set_rate(0);
         kill(-1, SIGTERM);
         kill(-1, SIGCONT);
         reap();
+    } else if (request->kind == REQUEST_LIMITS) {
+        if (request->a < 0 || request->b < 0 || request->b > OUTPUT_BYTES_PER_S_MAX)
+            error = EINVAL;
+        else {
+            open_files_max = request->a > 0 ? (rlim_t)request->a : open_files_max;
+            set_rate((uint64_t)request->b);
+        }
     } else if (request->kind == REQUEST_EXEC) {
         error = start_exec(request, fds, fd_count);
     } else {
@@ -352,8 +370,11 @@ static void accept_connection(void)
 static int run_timers(void)
 {
     uint64_t now = now_ns(CLOCK_MONOTONIC), next = UINT64_MAX;
-    for (int i = 0; i < EXECS_MAX; i++) {
-        struct exec *exec = &execs[i];
+    /* Another is the first each time, so that none of those that share a rate takes it all. */
+    static unsigned first;
+    first++;
+    for (unsigned i = 0; i < EXECS_MAX; i++) {
+        struct exec *exec = &execs[(first + i) % EXECS_MAX];
         if (!exec->used)
             continue;
         if (exec->deadline_ns && exec->deadline_ns <= now) {
@@ -361,7 +382,7 @@ static int run_timers(void)
             exec->header.reason = REASON_TIMEOUT;
             signal_exec(exec, SIGKILL);
         }
-        if (exec->full)
+        if (exec->full || (exec->throttled && rate_wait_ns() == 0))
             resume_output(exec);
         if (exec->unwritten) {
             /* An end that no file tells of would keep its clients waiting for ever. */
@@ -372,6 +393,8 @@ static int run_timers(void)
             next = exec->deadline_ns;
         if ((exec->full || exec->unwritten) && now + RETRY_NS < next)
             next = now + RETRY_NS;
+        if (exec->throttled && now + rate_wait_ns() < next)
+            next = now + rate_wait_ns();
     }
     return next == UINT64_MAX ? -1 : (int)((next - now) / 1000000 < 60000 ? (next - now) / 1000000 + 1 : 60000);
 }
@@ -391,6 +414,8 @@ static void serve(void)
                 reap();
             else if (key == KEY_PIPE && execs[index / 2].used)
                 take_output(&execs[index / 2], (int)(index % 2));
+            else if (key == KEY_INPUT && execs[index].used)
+                take_input(&execs[index]);
             else if (key == KEY_CONNECTION && connection_fd >= 0)
                 for (int left = 64; left > 0 && receive(); left--)
                     ;
@@ -404,7 +429,7 @@ static int supervise(int argc, char **argv)
     /* Elsewhere than in a PID namespace of its own, TERMINATE would signal the whole machine. */
     if (argc != 6 || getpid() != 1)
         return 2;
-    listen_fd = atoi(argv[2]);
+    listen_fd = argv[2][0] == '/' ? listen_in(argv[2]) : atoi(argv[2]);
     open_files_max = (rlim_t)atoll(argv[3]);
     processes_max = (rlim_t)atoll(argv[4]);
     if (prctl(PR_SET_DUMPABLE, 0) != 0)
@@ -433,8 +458,12 @@ int main(int argc, char **argv)
 {
     if (argc > 1 && strcmp(argv[1], "supervise") == 0)
         return supervise(argc, argv);
-    if (argc > 1 && strcmp(argv[1], "launch") == 0)
+    if (argc > 1 && (strcmp(argv[1], "launch") == 0 || strcmp(argv[1], "launch-in") == 0))
         return launch(argc, argv);
+    if (argc > 1 && strcmp(argv[1], "namespace") == 0)
+        return hold_namespace(argc, argv);
+    if (argc > 1 && strcmp(argv[1], "socket") == 0)
+        return make_socket(argc, argv);
     fprintf(stderr, "prism-supervisor is started by prism-agent\n");
     return 2;
 }

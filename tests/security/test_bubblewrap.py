@@ -10,6 +10,7 @@ from prism.agent.v1 import agent_pb2
 
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
+from tests.security.conftest import both_users
 
 #: Prints DENIED with the error, or what an attack got.
 _TRY = """
@@ -110,6 +111,7 @@ def abstract() -> Iterator[str]:
         yield name
 
 
+@both_users
 async def test_every_attack_is_denied(agent: AgentProcess, sandbox: str, abstract: str) -> None:
     directory = agent.data_dir / "sandboxes" / sandbox
     facts = {
@@ -131,6 +133,7 @@ async def test_every_attack_is_denied(agent: AgentProcess, sandbox: str, abstrac
     assert not succeeded
 
 
+@both_users
 async def test_no_capabilities_and_no_new_privileges(agent: AgentProcess, sandbox: str) -> None:
     status = (await agent.run(sandbox, ["cat", "/proc/self/status"])).stdout.decode()
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
@@ -141,12 +144,14 @@ async def test_no_capabilities_and_no_new_privileges(agent: AgentProcess, sandbo
     assert fields["Uid"].split() == ["1000"] * 4
 
 
+@both_users
 async def test_only_standard_descriptors_are_inherited(agent: AgentProcess, sandbox: str) -> None:
     result = await agent.python(sandbox, "import os; print(sorted(os.listdir('/proc/self/fd')))")
     # The fourth is the listing's own.
     assert result.stdout == b"['0', '1', '2', '3']\n"
 
 
+@both_users
 async def test_environment_of_the_agent_is_not_seen(agent: AgentProcess, sandbox: str) -> None:
     result = await agent.python(sandbox, "import os; print(sorted(os.environ))")
     assert result.stdout == b"['HOME', 'LANG', 'PATH']\n"
@@ -174,6 +179,7 @@ async def test_processes_run_as_a_user_of_their_own_on_the_host(
     assert 0 not in owners
 
 
+@both_users
 async def test_double_forked_daemon_dies_with_its_sandbox(
     agent: AgentProcess, gateway: Gateway, sandbox: str
 ) -> None:
@@ -197,6 +203,7 @@ async def test_double_forked_daemon_dies_with_its_sandbox(
     assert survivors() == 0
 
 
+@both_users
 async def test_output_flood_without_a_reader_is_bounded(agent: AgentProcess, sandbox: str) -> None:
     started = await agent.run(sandbox, ["head", "-c", "200000000", "/dev/zero"], detach=True)
     result = await agent.attach(sandbox, started.exec_id).result()

@@ -21,6 +21,7 @@ from tests.integration.agent.files import (
     write,
 )
 from tests.integration.agent.process import AgentProcess
+from tests.security.conftest import both_users
 
 #: What a sandbox lays out, and then has the agent read.
 LINKS = {
@@ -60,6 +61,7 @@ async def code_of(call: Coroutine[Any, Any, Any]) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
+@both_users
 async def test_no_link_and_no_special_file_is_read_or_written_through(
     agent: AgentProcess, sandbox: str
 ) -> None:
@@ -82,6 +84,7 @@ async def test_no_link_and_no_special_file_is_read_or_written_through(
     assert not got
 
 
+@both_users
 async def test_dots_end_at_the_sandboxs_root(agent: AgentProcess, sandbox: str) -> None:
     inside = await agent.run(sandbox, ["cat", "/etc/hostname"])
     up = "/.." * 40
@@ -92,6 +95,7 @@ async def test_dots_end_at_the_sandboxs_root(agent: AgentProcess, sandbox: str) 
     assert f"/workspace{up}/.prism-supervisor" in listed
 
 
+@both_users
 async def test_the_kernels_files_are_not_files_of_the_sandbox(
     agent: AgentProcess, sandbox: str
 ) -> None:
@@ -107,6 +111,7 @@ async def test_the_kernels_files_are_not_files_of_the_sandbox(
         assert await code_of(call) is grpc.StatusCode.FAILED_PRECONDITION
 
 
+@both_users
 async def test_the_agent_acts_with_the_sandboxs_rights(agent: AgentProcess, sandbox: str) -> None:
     """Root would be let through: a directory without permissions, and what is another's."""
     await agent.run(sandbox, ["sh", "-c", "echo x > f; chmod 0 f; mkdir d; touch d/f; chmod 0 d"])

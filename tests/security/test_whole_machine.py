@@ -12,6 +12,7 @@ from prism_agent.runtime import host
 from tests.integration.agent.files import names, read, remove, write
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
+from tests.security.conftest import both_users
 
 _CALL = """
 import ctypes, errno, fcntl, os
@@ -40,6 +41,7 @@ async def test_what_belongs_to_the_whole_machine_is_not_taken(
     assert lines == [b"(-1, 'ENOSYS')", b"(0, '') (0, '')", b"(-1, 'EPERM')"]
 
 
+@both_users
 async def test_signals_to_the_supervisor_do_not_queue_up(agent: AgentProcess, sandbox: str) -> None:
     """What is queued counts against the user, who may be the agent's where it is not root."""
     program = (
@@ -58,6 +60,7 @@ async def test_signals_to_the_supervisor_do_not_queue_up(agent: AgentProcess, sa
     assert (await agent.run(sandbox, ["echo", "lives"])).stdout == b"lives\n"
 
 
+@both_users
 async def test_a_process_that_calls_itself_a_supervisor_is_none(
     agent: AgentProcess, sandbox: str
 ) -> None:
@@ -125,6 +128,7 @@ async def test_a_lease_holds_no_call_up(agent: AgentProcess, sandbox: str) -> No
     call.cancel()
 
 
+@both_users
 async def test_a_sandbox_sees_nothing_of_another(
     agent: AgentProcess, gateway: Gateway, sandbox: str
 ) -> None:

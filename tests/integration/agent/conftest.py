@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from prism.agent.v1 import agent_pb2
 
+from prism_agent import cgroups
+from prism_agent.runtime import gvisor_release
 from prism_agent.runtime.bubblewrap import SUPERVISOR
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
@@ -19,6 +21,23 @@ def why_no_sandboxes() -> str:
         return "bwrap is not installed"
     if not os.access(SUPERVISOR, os.X_OK):
         return "the supervisor is not built: pip install -e ."
+    return ""
+
+
+def why_no_gvisor() -> str:
+    """Return why sandboxes of gVisor cannot be run here; empty: they can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not os.access(SUPERVISOR, os.X_OK):
+        return "the supervisor is not built: pip install -e ."
+    groups, problem = cgroups.find_on_this_machine("test-gvisor")
+    if groups is None:
+        return problem
+    groups.close()
+    try:
+        gvisor_release.find_runsc()
+    except gvisor_release.NoRunscError as error:
+        return str(error)
     return ""
 
 
@@ -41,7 +60,9 @@ async def agent(
     needs_sandboxes: None, gateway: Gateway, tmp_path: Path
 ) -> AsyncIterator[AgentProcess]:
     """A real agent with the bubblewrap runtime; at the end it removes its sandboxes."""
-    process = AgentProcess(tmp_path / "data", gateway.address, "--on-exit=delete")
+    process = AgentProcess(
+        tmp_path / "data", gateway.address, "--runtime=bubblewrap", "--on-exit=delete"
+    )
     await process.start()
     yield process
     await process.end()

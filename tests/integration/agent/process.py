@@ -21,7 +21,7 @@ from prism_agent.purge import purge
 from prism_agent.runtime import host
 from prism_common.channels import open_channel
 
-_ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[3]
 _MAIN = "from prism_agent.main import main; main()"
 
 
@@ -61,8 +61,17 @@ class Result:
 class AgentProcess:
     """Start, kill, start again: the data directory stays."""
 
-    def __init__(self, data_dir: Path, control: str, *flags: str) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        control: str,
+        *flags: str,
+        prefix: tuple[str, ...] = (),
+        python: tuple[str, ...] = (sys.executable,),
+    ) -> None:
         self.data_dir = data_dir
+        #: What it is started by.
+        self._prefix = (*prefix, *python)
         self._control = control
         self._flags = flags
         self._process: asyncio.subprocess.Process | None = None
@@ -78,11 +87,11 @@ class AgentProcess:
 
     async def spawn(self) -> None:
         """Start it, and return at once."""
-        environment = {**os.environ, "PYTHONPATH": f"{_ROOT}:{_ROOT / 'proto'}"}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto'}"}
         with self.log.open("ab") as log:
             self._log_offset = log.tell()
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
+                *self._prefix,
                 "-c",
                 _MAIN,
                 f"--data-dir={self.data_dir}",

@@ -7,6 +7,7 @@ from prism.agent.v1 import agent_pb2
 from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
+from prism_agent.journal_log import forget_frame
 from prism_common.status import from_rpc_error
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
@@ -107,4 +108,6 @@ async def test_reports_are_sent_again_until_acknowledged(
     gateway.acknowledges = True
     await fake_agent.end()
     await fake_agent.start()
-    await until(lambda: not (fake_agent.data_dir / "sandboxes" / "sb-1").exists())
+    # Once it is acknowledged it is forgotten.
+    journal = fake_agent.data_dir / "journal"
+    await until(lambda: journal.read_bytes().endswith(forget_frame("sb-1")))

@@ -12,7 +12,7 @@ import pytest
 from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_common.status import from_rpc_error
+from prism_common.status import failure_of, from_rpc_error
 from tests.integration.agent.files import (
     describe,
     make_directory,
@@ -274,3 +274,72 @@ async def test_too_many_calls_are_refused(agent: AgentProcess, sandbox: str) -> 
     async with asyncio.timeout(10):
         while not await served():
             pass
+
+
+async def test_a_file_may_have_a_time_and_a_directory_a_mode(
+    agent: AgentProcess, sandbox: str
+) -> None:
+    first = sandbox_pb2.WriteFileRequest(sandbox=sandbox, path="/workspace/f", data=b"x")
+    first.modify_time.FromNanoseconds(1_500_000_000_123_456_789)
+
+    async def requests() -> AsyncIterator[sandbox_pb2.WriteFileRequest]:
+        yield first
+
+    info = await agent.stub.WriteFile(requests())
+    assert info.modify_time.ToNanoseconds() == 1_500_000_000_123_456_789
+    request = sandbox_pb2.MakeDirectoryRequest(
+        sandbox=sandbox, path="/workspace/a/b", parents=True, mode=0o770
+    )
+    assert (await agent.stub.MakeDirectory(request)).mode == 0o770
+    assert (await describe(agent, sandbox, "/workspace/a")).mode == 0o755
+    request.mode = 0o700  # of one that exists it stays as it is
+    assert (await agent.stub.MakeDirectory(request)).mode == 0o770
+    first.modify_time.seconds = 2**60
+    code, message = await failure(agent.stub.WriteFile(requests()))
+    assert (code, message) == (INVALID, "modify_time: not a time")
+
+
+async def test_links_are_made_as_the_sandboxs_user_and_seen_but_not_followed(
+    agent: AgentProcess, sandbox: str
+) -> None:
+    async def link(path: str, target: str) -> sandbox_pb2.FileInfo:
+        request = sandbox_pb2.MakeLinkRequest(sandbox=sandbox, path=path, target=target)
+        return await agent.stub.MakeLink(request)
+
+    info = await link("/workspace/x", "/etc/shadow")
+    assert (info.type, info.link_target) == (sandbox_pb2.FILE_TYPE_SYMLINK, "/etc/shadow")
+    assert (await describe(agent, sandbox, "/workspace/x")).link_target == "/etc/shadow"
+    await write(agent, sandbox, "/workspace/f", b"old")
+    assert (await link("/workspace/f", "x/../y")).link_target == "x/../y"  # a file gives way
+    request = sandbox_pb2.ListFilesRequest(sandbox=sandbox, path="/workspace")
+    listed = (await agent.stub.ListFiles(request)).files
+    assert {each.path: each.link_target for each in listed} == {
+        "/workspace/f": "x/../y",
+        "/workspace/x": "/etc/shadow",
+    }
+    owner = await agent.run(sandbox, ["stat", "-c", "%u", "/workspace/x"])
+    assert owner.stdout == b"1000\n"
+    assert (await failure(link("/workspace", "x")))[0] is WRONG
+    assert (await failure(link("/etc/x", "x")))[0] is WRONG
+    for target in ("", "a\0b", "a" * 4096):
+        assert (await failure(link("/workspace/z", target)))[0] is INVALID
+    assert await names(agent, sandbox, "/workspace") == ["/workspace/f", "/workspace/x"]
+
+
+async def test_a_failure_is_told_while_the_file_is_still_sent(
+    agent: AgentProcess, sandbox: str
+) -> None:
+    """What is between the client and the agent can stop, and say why, before the stream ends."""
+    told = asyncio.Event()
+
+    async def requests() -> AsyncIterator[sandbox_pb2.WriteFileRequest]:
+        yield sandbox_pb2.WriteFileRequest(sandbox=sandbox, path="/none/f")
+        await told.wait()
+
+    call = agent.stub.WriteFile(requests())
+    async with asyncio.timeout(10):
+        found = failure_of(await call.initial_metadata())
+    assert found is not None
+    assert (found.code, found.message) == ("FILE_NOT_FOUND", "'/none/f': no such file")
+    told.set()
+    assert (await failure(call))[0] is NOT_FOUND

@@ -10,10 +10,11 @@ import pytest
 from prism.agent.v1 import agent_pb2
 
 from prism_agent import cgroups
+from prism_agent.journal_log import forget_frame
 from tests.integration.agent import process
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess, Result
-from tests.integration.agent.test_life import DELETED, READY, STOPPED, until_no_traces
+from tests.integration.agent.test_life import DELETED, READY, STOPPED, until, until_no_traces
 
 PAUSED = agent_pb2.OBSERVED_STATE_PAUSED
 DEATH = "JOURNAL_DEATH"
@@ -23,17 +24,39 @@ WRITES_MAX = 60
 #: The agent, but its n-th write of one sandbox's record, or of its execs', is its last act.
 MAIN = f"""
 import itertools, os
-from prism_agent import data_directory, exec_record, journal
+from prism_agent import data_directory, exec_record, journal, journal_log
 sandbox, number, when = os.environ["{DEATH}"].split(":")
 counter = itertools.count(1)
+append, replace = journal.append, journal.replace
+if when == "within":
+    # The file is replaced again and again.
+    journal_log._REWRITE_BYTES_MIN = 2000
+def is_last(named):
+    return named and next(counter) == int(number)
 def write(path, content, durable):
-    last = f"/sandboxes/{{sandbox}}/" in str(path) and next(counter) == int(number)
-    if last and when == "before":
+    last = is_last(f"/sandboxes/{{sandbox}}/" in str(path))
+    if last and when != "after":
         os._exit({STATUS})
     data_directory.write_atomically(path, content, durable)
     if last:
         os._exit({STATUS})
-journal.write_atomically = exec_record.write_atomically = write
+def add(descriptor, data):
+    last = is_last(sandbox.encode() in data)
+    if last and when == "within":
+        append(descriptor, data[: len(data) // 2])
+    if last and when != "after":
+        os._exit({STATUS})
+    append(descriptor, data)
+    if last:
+        os._exit({STATUS})
+def swap(new, old):
+    last = is_last(sandbox.encode() in new.read_bytes())
+    if last and when != "after":
+        os._exit({STATUS})
+    replace(new, old)
+    if last:
+        os._exit({STATUS})
+exec_record.write_atomically, journal.append, journal.replace = write, add, swap
 from prism_agent.main import main
 main()
 """
@@ -89,6 +112,20 @@ class Mortal:
         return None
 
 
+async def until_forgotten(mortal: Mortal, sandbox: str) -> None:
+    """Wait for the last write of a life, and for an agent that has outlived it."""
+    journal, heartbeats = mortal.agent.data_dir / "journal", mortal.gateway.heartbeats
+    name, forgotten = sandbox.encode(), forget_frame(sandbox)
+
+    def is_forgotten() -> bool:
+        said = journal.read_bytes()
+        return said.endswith(forgotten) or name not in said
+
+    await until(is_forgotten)
+    count = len(heartbeats)
+    await until(lambda: len(heartbeats) > count + 1)
+
+
 async def live(mortal: Mortal, sandbox: str) -> None:
     """Lead one sandbox through its life."""
     gateway = mortal.gateway
@@ -108,11 +145,12 @@ async def live(mortal: Mortal, sandbox: str) -> None:
         gateway.want(sandbox, desired, grace_s=0)
         await mortal.reach(lambda state=state: gateway.wait_for(sandbox, state))
     await mortal.reach(lambda: until_no_traces(mortal.agent, sandbox))
+    await mortal.reach(lambda: until_forgotten(mortal, sandbox))
     gateway.assignments.clear()
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "within", "after"])
 async def test_agent_dies_at_each_write_of_the_journal(
     needs_sandboxes: None,
     gateway: Gateway,
@@ -126,6 +164,7 @@ async def test_agent_dies_at_each_write_of_the_journal(
     groups.close()
     monkeypatch.setattr(process, "_MAIN", MAIN)
     agent = AgentProcess(tmp_path / "data", gateway.address)
+    gateway.heartbeat_s = 0.05
     mortal = Mortal(agent, gateway, monkeypatch, when)
     try:
         await mortal.start()

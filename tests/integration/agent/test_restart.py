@@ -6,10 +6,12 @@ import signal
 
 import grpc
 import grpc.aio
+import msgspec
 import pytest
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups
+from prism_agent.journal import Journal
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
 from tests.integration.agent.test_life import DELETED, FAILED, READY, until, until_no_traces
@@ -124,7 +126,7 @@ async def test_leftovers_are_swept_at_the_start(
     agent: AgentProcess, gateway: Gateway, sandbox: str
 ) -> None:
     await agent.end(signal.SIGKILL)
-    (agent.data_dir / "sandboxes" / sandbox / "record").unlink()
+    (agent.data_dir / "journal").unlink()
     groups, _ = cgroups.find_on_this_machine(agent.node_id)
     if groups is not None:
         groups.create("sb-stray", cgroups.CgroupLimits(2**24, 8, 100))
@@ -133,6 +135,26 @@ async def test_leftovers_are_swept_at_the_start(
     await until_no_traces(agent, sandbox)
     await until_no_traces(agent, "sb-stray")
     assert "removed a leftover" in agent.log.read_text()
+
+
+async def test_the_journal_of_the_version_before_is_taken_over(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    started = await agent.run(sandbox, ["sleep", "1000"], detach=True)
+    await agent.end(signal.SIGKILL)
+    sandboxes = agent.data_dir / "sandboxes"
+    journal = Journal(sandboxes)
+    for sandbox_id, record in journal.load()[0].items():
+        (sandboxes / sandbox_id / "record").write_bytes(msgspec.json.encode(record))
+    journal.close()
+    (agent.data_dir / "journal").unlink()
+    await agent.start()
+    await gateway.wait_registrations(2)
+    registered = {each.sandbox_id: each.state for each in gateway.registrations[-1].sandboxes}
+    assert registered == {sandbox: READY}
+    request = sandbox_pb2.GetExecRequest(sandbox=sandbox, exec_id=started.exec_id)
+    assert (await agent.stub.GetExec(request)).running
+    assert not (sandboxes / sandbox / "record").exists()
 
 
 async def test_second_agent_on_the_directory_is_refused(

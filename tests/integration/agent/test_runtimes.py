@@ -4,17 +4,22 @@
 tested elsewhere; what runs nothing has `test_fake.py`.
 """
 
+import contextlib
+import os
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+import grpc
+import grpc.aio
 import pytest
 from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups
-from tests.integration.agent.conftest import why_no_sandboxes
+from tests.integration.agent import files
+from tests.integration.agent.conftest import why_no_gvisor, why_no_sandboxes
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
 from tests.integration.agent.test_life import DELETED, READY, STOPPED, until_no_traces
@@ -24,7 +29,16 @@ PAUSED: Final = agent_pb2.OBSERVED_STATE_PAUSED
 RUN: Final = agent_pb2.DESIRED_STATE_RUNNING
 
 #: Each with what tells why it cannot be tried here; empty: it can.
-_why_not: Final = {"bubblewrap": why_no_sandboxes}
+_why_not: Final = {"bubblewrap": why_no_sandboxes, "gvisor": why_no_gvisor}
+
+
+def cgroup_pids(agent: AgentProcess, sandbox: str) -> list[int]:
+    """Return the processes of a sandbox on the host."""
+    for root in ("/sys/fs/cgroup/memory", "/sys/fs/cgroup"):
+        file = Path(root, "prism", agent.node_id, sandbox, "cgroup.procs")
+        if file.exists():
+            return [int(line) for line in file.read_text().split()]
+    return []
 
 
 @pytest.fixture(params=sorted(_why_not))
@@ -82,6 +96,46 @@ async def test_terminal_is_one(agent: AgentProcess, sandbox: str) -> None:
     terminal = sandbox_pb2.WindowSize(rows=33, columns=77)
     result = await agent.run(sandbox, ["sh", "-c", "test -t 0 && stty size"], terminal=terminal)
     assert (result.stdout, result.code) == (b"33 77\r\n", 0)
+
+
+async def test_terminal_takes_input_and_another_size(agent: AgentProcess, sandbox: str) -> None:
+    program = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGWINCH, lambda *_: print(os.get_terminal_size(), flush=True))\n"
+        "print('got', input(), flush=True); signal.pause(); input()"
+    )
+    terminal = sandbox_pb2.WindowSize(rows=33, columns=77)
+    call = agent.open(sandbox, ["python3", "-c", program], terminal=terminal, stdin=True)
+    await call.send(stdin=b"hello\n")
+    await call.until(b"got hello\r\n")
+    await call.send(resize=sandbox_pb2.WindowSize(rows=50, columns=132))
+    await call.until(b"columns=132, lines=50")
+    await call.send(stdin_eof={})
+    assert b"EOFError" in (await call.result()).stdout
+
+
+async def test_files_are_the_same_from_outside_and_from_inside(
+    agent: AgentProcess, sandbox: str
+) -> None:
+    content = bytes(range(256)) * 4096
+    await files.write(agent, sandbox, "/workspace/in", content, mode=0o640)
+    script = "stat -c '%a %U %s' in; cp in out; rm in; echo tmp > /tmp/t; ln -s /etc/passwd l"
+    result = await agent.run(sandbox, ["sh", "-c", script])
+    assert (result.stdout, result.stderr) == (b"640 sandbox 1048576\n", b"")
+    assert await files.read(agent, sandbox, "/workspace/out") == content
+    assert await files.read(agent, sandbox, "/tmp/t") == b"tmp\n"
+    assert await files.names(agent, sandbox, "/workspace") == ["/workspace/l", "/workspace/out"]
+    # The sandbox's, and not the host's.
+    assert b"sandbox:x:1000" in await files.read(agent, sandbox, "/workspace/l")
+
+
+async def test_input_that_nobody_reads_holds_nothing_up(agent: AgentProcess, sandbox: str) -> None:
+    call = agent.open(sandbox, ["sh", "-c", "exec <&-; echo closed; sleep 1000"], stdin=True)
+    await call.until(b"closed\n")
+    for _ in range(4):
+        await call.send(stdin=b"x" * 65536)
+    await call.send(signal=9)
+    assert (await call.result()).exit == sandbox_pb2.ExecExit(exit_code=137, signal=9)
 
 
 async def test_workspace_is_bounded(agent: AgentProcess, gateway: Gateway) -> None:
@@ -143,13 +197,34 @@ async def test_exec_and_its_output_outlive_a_kill_of_the_agent(
     assert (result.stdout, result.code) == (b"before\nafter\n", 3)
 
 
+async def test_death_of_all_its_processes_is_told(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    call = agent.open(sandbox, ["sh", "-c", "echo up; sleep 1000"])
+    so_far = await call.until(b"up\n")
+    pids = cgroup_pids(agent, sandbox)
+    if not pids:
+        pytest.skip("no cgroups here")
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    report = await gateway.wait_for(sandbox, agent_pb2.OBSERVED_STATE_FAILED)
+    assert report.reason == "SUPERVISOR_DIED"
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call.result()
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    request = sandbox_pb2.GetExecRequest(sandbox=sandbox, exec_id=so_far.exec_id)
+    info = await agent.stub.GetExec(request)
+    assert (info.running, info.HasField("exit")) == (False, False)
+
+
 async def test_stop_ends_all_and_the_next_start_is_clean(
     agent: AgentProcess, gateway: Gateway, sandbox: str
 ) -> None:
     await agent.run(sandbox, ["sh", "-c", "trap '' TERM; sleep 1000"], detach=True)
     gateway.want(sandbox, agent_pb2.DESIRED_STATE_STOPPED, grace_s=0.2)
     await gateway.wait_for(sandbox, STOPPED)
-    assert agent.supervised(sandbox) == []
+    assert agent.supervised(sandbox) == cgroup_pids(agent, sandbox) == []
     gateway.want(sandbox, RUN, start_count=2)
     await gateway.wait_for(sandbox, READY)
     left = await agent.run(sandbox, ["sh", "-c", "cat /proc/[0-9]*/comm | grep -c sleep"])

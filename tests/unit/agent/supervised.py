@@ -38,9 +38,17 @@ def build_sanitised(directory: Path) -> Path | None:
 
 
 class Supervised:
-    """One supervisor, and the execs that a test starts in it."""
+    """One supervisor, and the execs that a test starts in it.
 
-    def __init__(self, directory: Path, program: Path = SUPERVISOR) -> None:
+    Args:
+        directory: Holds the socket, rings and the log.
+        program: The supervisor.
+        listen_in: The directory that it shares with the agent, where it is passed no descriptors.
+    """
+
+    def __init__(
+        self, directory: Path, program: Path = SUPERVISOR, listen_in: Path | None = None
+    ) -> None:
         self.directory = directory
         self.tag = f"test-{os.getpid()}/{directory.name}"
         self.socket_path = directory / "control"
@@ -52,8 +60,8 @@ class Supervised:
         listener.bind(str(self.socket_path))
         listener.listen(4)
         argv = ["bwrap", "--unshare-pid", "--unshare-net", "--as-pid-1", "--dev-bind", "/", "/",
-                "--proc", "/proc", "--", str(program), "supervise", str(listener.fileno()),
-                "256", "0", self.tag]  # fmt: skip
+                "--proc", "/proc", "--", str(program), "supervise",
+                str(listen_in or listener.fileno()), "256", "0", self.tag]  # fmt: skip
         self.log_path = directory / "supervisor.log"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(

@@ -18,6 +18,8 @@ from prism_common.errors import InvalidArgumentError
         (["--control=a:b:c"], "--control"),
         (["--slots=0"], "--slots"),
         (["--max-starts=100000"], "--max-starts"),
+        (["--warm-pool=-1"], "--warm-pool"),
+        (["--warm-pool=1025"], "--warm-pool"),
         (["--memory=lots"], "--memory"),
         (["--memory=1"], "--memory"),
         (["--cpu=0"], "--cpu"),

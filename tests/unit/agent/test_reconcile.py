@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from prism_agent.reconcile import (
     BUSY,
+    UP,
     Action,
     Assignment,
     Delete,
@@ -19,6 +20,7 @@ from prism_agent.reconcile import (
     Phase,
     Reconciler,
     Report,
+    Resize,
     Resume,
     Sandbox,
     Start,
@@ -252,6 +254,69 @@ def test_the_lease_ends_what_is_paused_too() -> None:
     assert machine.paused("a") == [Stop("a", 0.0)]
 
 
+def resized(desired: Desired = Desired.RUNNING) -> Assignment:
+    return replace(want(desired=desired), spec=b"other")
+
+
+def test_new_limits_are_kept_before_they_are_set() -> None:
+    machine = Reconciler(4)
+    ready(machine)
+    assert machine.assign(1, [resized()], False) == [Resize("a")]
+    sandbox = machine.sandboxes["a"]
+    assert (sandbox.wanted.spec, sandbox.reason) == (b"other", "LIMITS_NOT_HELD")
+    assert machine.assign(1, [resized()], False) == []
+    assert machine.resized("a", "") == [Report("a")]
+    assert (sandbox.reason, sandbox.message) == ("", "")
+
+
+def test_the_next_process_sets_limits_that_were_not_set() -> None:
+    first = Reconciler(4)
+    ready(first)
+    first.assign(1, [resized()], False)
+    after = Reconciler(4)
+    assert after.adopt(first.sandboxes["a"], alive=True) == [Resize("a")]
+
+
+def test_limits_that_cannot_be_set_are_told_once_and_when_they_are() -> None:
+    machine = Reconciler(4)
+    ready(machine)
+    machine.assign(1, [resized()], False)
+    assert machine.resized("a", "in use") == [Report("a")]
+    assert machine.resized("a", "in use") == []
+    assert machine.sandboxes["a"].message == "in use"
+    assert machine.resized("a", "") == [Report("a")]
+    machine.assign(1, [want(desired=Desired.DELETED)], False)
+    assert machine.resized("a", "too late") == []
+
+
+def test_limits_that_came_during_the_start_are_set_after_it() -> None:
+    machine = Reconciler(4)
+    machine.assign(1, [want()], False)
+    assert machine.assign(1, [resized()], False) == [Resize("a")]
+    assert machine.started("a", "r") == [Report("a"), Resize("a")]
+
+
+def test_a_paused_sandbox_gets_new_limits_and_stays_paused() -> None:
+    machine = Reconciler(4)
+    ready(machine)
+    machine.assign(1, [want(desired=Desired.PAUSED)], False)
+    machine.paused("a")
+    assert Resize("a") in machine.assign(1, [resized(Desired.PAUSED)], False)
+    assert machine.sandboxes["a"].phase is Phase.PAUSED
+
+
+def test_a_stop_is_none_the_worse_for_limits_that_could_not_be_set() -> None:
+    machine = Reconciler(4)
+    ready(machine)
+    machine.assign(1, [resized()], False)
+    machine.resized("a", "in use")
+    assert machine.assign(1, [want(desired=Desired.STOPPED)], False) == [Stop("a", 5.0)]
+    assert machine.stopped("a") == [Report("a")]
+    assert machine.sandboxes["a"].phase is Phase.STOPPED
+    again = replace(want(start=2), spec=b"third")
+    assert machine.assign(1, [again], False) == [Resize("a"), Report("a"), Start("a")]
+
+
 class Convergence(RuleBasedStateMachine):
     """Any order of assignments, outcomes and accidents: invariants hold, and it converges."""
 
@@ -260,12 +325,20 @@ class Convergence(RuleBasedStateMachine):
         self.machine = Reconciler(starts_max)
         self.under_way: dict[str, Action] = {}
         self.generations: dict[str, int] = {}
+        #: The spec whose limits each is held to, and those that are about to be held to another.
+        self.held: dict[str, bytes] = {}
+        self.resizing: set[str] = set()
 
     def perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Start | Stop | Pause | Resume | Delete):
                 assert action.sandbox_id not in self.under_way, "two actions at once"
                 self.under_way[action.sandbox_id] = action
+            sandbox = self.machine.sandboxes.get(action.sandbox_id)
+            if sandbox is not None and isinstance(action, Start):
+                self.held[action.sandbox_id] = sandbox.wanted.spec
+            elif sandbox is not None and isinstance(action, Resize) and sandbox.phase in UP:
+                self.resizing.add(action.sandbox_id)
 
     @rule(
         name=st.sampled_from("abc"),
@@ -273,11 +346,31 @@ class Convergence(RuleBasedStateMachine):
         start=st.integers(1, 3),
         desired=st.sampled_from(Desired),
         complete=st.booleans(),
+        spec=st.sampled_from([b"spec", b"other"]),
     )
     def assign(
-        self, name: str, generation: int, start: int, desired: Desired, complete: bool
+        self, name: str, generation: int, start: int, desired: Desired, complete: bool, spec: bytes
     ) -> None:
-        self.perform(self.machine.assign(1, [want(name, desired, generation, start)], complete))
+        wanted = want(name, desired, generation, start)
+        if wanted.spec:
+            wanted = replace(wanted, spec=spec)
+        self.perform(self.machine.assign(1, [wanted], complete))
+
+    @precondition(lambda self: self.resizing)
+    @rule(data=st.data(), good=st.booleans())
+    def resize(self, data: st.DataObject, good: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.resizing)))
+        if good:
+            self.set_limits(name)
+        else:
+            self.perform(self.machine.resized(name, "in use"))
+
+    def set_limits(self, name: str) -> None:
+        self.resizing.discard(name)
+        sandbox = self.machine.sandboxes.get(name)
+        if sandbox is not None and sandbox.phase in UP:
+            self.held[name] = sandbox.wanted.spec
+        self.perform(self.machine.resized(name, ""))
 
     @precondition(lambda self: self.under_way)
     @rule(data=st.data(), good=st.booleans())
@@ -342,8 +435,13 @@ class Convergence(RuleBasedStateMachine):
             }[type(self.under_way.pop(name))]
             self.perform(outcome(name))
         assert not self.under_way, "it never comes to rest"
+        for name in sorted(self.resizing):
+            self.set_limits(name)
         for each in self.machine.sandboxes.values():
             assert each.phase not in BUSY | {Phase.QUEUED}
+            if each.phase in UP:
+                assert self.held[each.sandbox_id] == each.wanted.spec
+                assert each.reason != "LIMITS_NOT_HELD"
             if each.phase is Phase.READY:
                 failed = each.reason == "PAUSE_FAILED"
                 assert each.wanted.desired is (Desired.PAUSED if failed else Desired.RUNNING)

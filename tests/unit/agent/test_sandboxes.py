@@ -11,12 +11,12 @@ import pytest
 from prism.sandbox.v1 import sandbox_pb2
 from prometheus_client import CollectorRegistry
 
-from prism_agent import limits
+from prism_agent import limits, resizes
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal, Record
 from prism_agent.metrics import AgentMetrics
 from prism_agent.purge import purge
-from prism_agent.reconcile import Desired, Phase, Reconciler
+from prism_agent.reconcile import Assignment, Desired, Phase, Reconciler
 from prism_agent.reports import ReportQueue
 from prism_agent.runtime.base import Probe, Process, Running, Usage
 from prism_agent.sandboxes import Sandboxes
@@ -31,6 +31,9 @@ class OneProcess:
 
     def __init__(self) -> None:
         self.failures = 0
+        #: Memory limits that were to be set, and the errors of those attempts that fail.
+        self.resizes: list[int] = []
+        self.resize_failures: list[int] = []
 
     async def probe(self) -> Probe:
         return Probe(ready=True)
@@ -52,6 +55,11 @@ class OneProcess:
 
     async def resume(self, record: Record) -> None:
         return
+
+    async def resize(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> None:
+        self.resizes.append(spec.limits.memory_bytes)
+        if self.resize_failures:
+            raise OSError(self.resize_failures.pop(0), "not now")
 
     async def kill(self, record: Record) -> None:
         if self.failures:
@@ -164,6 +172,42 @@ async def test_what_cannot_be_killed_does_not_keep_the_agent_from_starting(
         await node.sandboxes.started.wait()
         await node.until(Phase.FAILED)
     assert node.reconciler.sandboxes[SANDBOX].reason == "PROCESS_LOST"
+
+
+@pytest.mark.parametrize(
+    ("failures", "tries", "reason"),
+    [
+        ([], 1, ""),
+        ([errno.EBUSY, errno.EBUSY], 3, ""),
+        ([errno.EOPNOTSUPP], 1, "LIMITS_NOT_HELD"),
+    ],
+    ids=["at once", "later", "never"],
+)
+async def test_limits_are_set_as_soon_as_they_can_be(
+    tmp_path: Path,
+    child: subprocess.Popen[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    failures: list[int],
+    tries: int,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(resizes, "_RETRY_S", 0.01)
+    node = Node(tmp_path / "sandboxes", child, Phase.READY)
+    node.runtime.resize_failures = failures
+    spec = sandbox_pb2.SandboxSpec(limits=sandbox_pb2.Limits(memory_bytes=77)).SerializeToString()
+    async with node.running():
+        await node.sandboxes.started.wait()
+        wanted = Assignment(SANDBOX, 1, Desired.RUNNING, 1, SANDBOX, spec)
+        node.sandboxes.assign(1, [wanted], complete=False)
+        sandbox = node.reconciler.sandboxes[SANDBOX]
+        async with asyncio.timeout(10):
+            while len(node.runtime.resizes) < tries:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            while sandbox.message != ("not now" if reason else ""):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        assert sandbox.reason == reason
+    assert node.runtime.resizes == [77] * tries
+    assert Journal(tmp_path / "sandboxes").load()[0][SANDBOX].spec == spec
 
 
 async def test_what_died_before_it_had_a_runtime_is_purged(tmp_path: Path) -> None:

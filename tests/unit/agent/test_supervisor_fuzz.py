@@ -31,6 +31,8 @@ async def test_random_requests_end_and_leak_nothing(tmp_path: Path, program: Pat
     try:
         done = await asyncio.to_thread(fuzz, supervised, 20, 10_000, _DURATION_S)
         await supervised.client.connect(supervised.socket_path)
+        # It may have been told to let nothing through, and to open no files.
+        supervised.client.send(Message(Request.LIMITS, 0, 256, 0))
         header, output = await supervised.run(1, ["echo", "alive"])
         assert (header.exit_code, output) == (0, b"alive\n")
     finally:
