@@ -6,6 +6,7 @@ from google.protobuf.duration_pb2 import Duration
 from prism.sandbox.v1 import sandbox_pb2 as pb
 
 from prism_cli.client import Client
+from prism_cli.networks import make_network
 from prism_cli.quantities import parse_pairs
 
 
@@ -31,11 +32,15 @@ def make_request(
     memory: int | None = None,
     disk: int | None = None,
     processes: int | None = None,
+    output_rate: int | None = None,
     env: list[str] | None = None,
     label: list[str] | None = None,
     ttl: float | None = None,
     idle_timeout: float | None = None,
     runtime: str = "",
+    network: str = "",
+    allow: list[str] | None = None,
+    allow_dns: list[str] | None = None,
     node_selector: list[str] | None = None,
     on_node_loss: str = "lost",
     priority: int = 0,
@@ -53,12 +58,14 @@ def make_request(
             memory_bytes=memory or 0,
             disk_bytes=disk or 0,
             processes_max=processes or 0,
+            output_bytes_per_second=output_rate or 0,
         ),
         env=parse_pairs(env, "--env", "MODE=test"),
         labels=parse_pairs(label, "--label", "team=search"),
         ttl=to_duration(ttl),
         idle_timeout=to_duration(idle_timeout),
         runtime=runtime,
+        network=make_network(network, allow, allow_dns),
         on_node_loss=pb.ON_NODE_LOSS_RESCHEDULE if reschedule else pb.ON_NODE_LOSS_LOST,
         priority=priority,
         node_selector=parse_pairs(node_selector, "--node-selector", "disk=ssd"),

@@ -30,6 +30,9 @@ FLAG_OF_FIELD: Final = {
     "spec.runtime": "--runtime",
     "spec.env": "--env",
     "spec.labels": "--label",
+    "spec.network.mode": "--network",
+    "spec.network.rules": "--allow",
+    "spec.network.names": "--allow-dns",
     "spec.ttl": "--ttl",
     "spec.idle_timeout": "--idle-timeout",
     "spec.on_node_loss": "--on-node-loss",
@@ -39,6 +42,13 @@ FLAG_OF_FIELD: Final = {
     "spec.limits.memory_bytes": "--memory",
     "spec.limits.disk_bytes": "--disk",
     "spec.limits.processes_max": "--processes",
+    "spec.limits.output_bytes_per_second": "--output-rate",
+    "limits.cpu_millicores": "--cpu",
+    "limits.memory_bytes": "--memory",
+    "limits.disk_bytes": "--disk",
+    "limits.processes_max": "--processes",
+    "expire_time": "--ttl",
+    "labels": "--label",
     "label_selector": "--selector",
     "states": "--state",
     "grace_period": "--grace",
@@ -191,6 +201,8 @@ def _flag_of(field: str) -> str:
 def _hint(error: PrismError) -> str:
     """Return what to do about it."""
     code = status_name(error)
+    if error.code.startswith("FILE_"):
+        return ""
     if error.code == "REQUEST_ID_REUSED":
         return "give another --request-id, or none"
     if code == "NOT_FOUND":

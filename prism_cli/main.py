@@ -13,8 +13,12 @@ from prism_cli import (
     node,
     peer,
     sandbox,
+    sandbox_cp,
     sandbox_exec,
     sandbox_logs,
+    sandbox_port,
+    sandbox_top,
+    sandbox_update,
     sandbox_verbs,
 )
 from prism_cli.bench import command as bench
@@ -64,7 +68,15 @@ doctor.register(app)
 completion.register(app)
 bench.register(app)
 #: Imported for the commands that they add to `sandbox`.
-_MORE_OF_SANDBOX = (sandbox_exec, sandbox_logs, sandbox_verbs)
+_MORE_OF_SANDBOX = (
+    sandbox_exec,
+    sandbox_logs,
+    sandbox_port,
+    sandbox_cp,
+    sandbox_top,
+    sandbox_update,
+    sandbox_verbs,
+)
 
 
 def main() -> None:

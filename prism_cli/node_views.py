@@ -67,6 +67,8 @@ def facts(node: pb.Node) -> list[tuple[str, str]]:
         words += " ready" if one.ready else " not ready"
         words += f": {one.message}" if one.message else ""
         lines.append(("" if position else "Runtimes", words))
+    if node.HasField("egress"):
+        lines.append(("Networks", "ready" if node.egress.ready else f"none: {node.egress.message}"))
     for position, key in enumerate(sorted(node.labels)):
         lines.append(("" if position else "Labels", f"{key}={node.labels[key]}"))
     return lines

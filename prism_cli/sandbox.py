@@ -41,6 +41,13 @@ class OnNodeLossChoice(str, Enum):  # noqa: UP042
     RESCHEDULE = "reschedule"
 
 
+class NetworkChoice(str, Enum):  # noqa: UP042
+    """What of a network a sandbox has."""
+
+    NONE = "none"
+    EGRESS = "egress"
+
+
 def parse_state(text: str) -> str:
     """Return a state's name in capitals."""
     if text.upper() not in STATES:
@@ -54,6 +61,25 @@ Name = Annotated[
     str,
     typer.Argument(
         metavar="NAME", help="Name or id.", autocompletion=complete_sandbox, show_default=False
+    ),
+]
+NewName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="Name; without one, one is made.")
+]
+NewNameOption = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="The same as the argument.")
+]
+Count = Annotated[
+    int | None,
+    typer.Option("--count", metavar="N", min=1, max=COUNT_MAX, help="So many: NAME-1 to NAME-N."),
+]
+SpecFile = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        "-f",
+        metavar="FILE",
+        help="YAML or JSON, one or many, with the flags' names as keys; -: standard input.",
     ),
 ]
 Image = Annotated[
@@ -86,6 +112,15 @@ Disk = Annotated[
 Processes = Annotated[
     int | None,
     typer.Option("--processes", metavar="N", min=1, max=2**31, help="Processes.  [default: 128]"),
+]
+OutputRate = Annotated[
+    int | None,
+    typer.Option(
+        "--output-rate",
+        metavar="SIZE",
+        parser=quantities.parse_bytes,
+        help="Output a second, of all execs: 10Mi.  [default: no bound]",
+    ),
 ]
 Env = Annotated[
     list[str] | None,
@@ -127,6 +162,28 @@ Runtime = Annotated[
     str,
     typer.Option(
         "--runtime", metavar="RUNTIME", help="bubblewrap or gvisor; else the node's best."
+    ),
+]
+Network = Annotated[
+    NetworkChoice | None,
+    typer.Option(
+        "--network", help="none, or egress: to what is allowed.  [default: egress if --allow is]"
+    ),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow",
+        metavar="IP[/BITS][:PORTS][/tcp|/udp]",
+        help="It may connect there: 203.0.113.0/24:443; may be given again.",
+    ),
+]
+AllowDns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-dns",
+        metavar="NAME[:PORTS][/tcp|/udp]",
+        help="It may look up and connect to example.org or *.example.org:443; may be given again.",
     ),
 ]
 NodeSelector = Annotated[
@@ -172,42 +229,30 @@ Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is d
         "prismctl sandbox create --env MODE=test --label team=search --no-wait",
         "prismctl sandbox create --count 1000 --name worker --label job=42",
         "prismctl sandbox create -f sandboxes.yaml",
+        "prismctl sandbox create --allow-dns pypi.org:443 --allow 10.1.2.3:5432",
         'NAME=$(prismctl sandbox create) && prismctl sandbox exec "$NAME" -- uname -a',
     ],
 )
 def create(
     settings: Settings,
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Name; without one, one is made.")
-    ] = None,
-    name_option: Annotated[
-        str | None, typer.Option("--name", metavar="NAME", help="The same as the argument.")
-    ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option(
-            "--count", metavar="N", min=1, max=COUNT_MAX, help="So many: NAME-1 to NAME-N."
-        ),
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option(
-            "--file",
-            "-f",
-            metavar="FILE",
-            help="YAML or JSON, one or many, with the flags' names as keys; -: standard input.",
-        ),
-    ] = None,
+    name: NewName = None,
+    name_option: NewNameOption = None,
+    count: Count = None,
+    file: SpecFile = None,
     image: Image = "host",
     cpu: Cpu = None,
     memory: Memory = None,
     disk: Disk = None,
     processes: Processes = None,
+    output_rate: OutputRate = None,
     env: Env = None,
     label: Label = None,
     ttl: Ttl = None,
     idle_timeout: IdleTimeout = None,
     runtime: Runtime = "",
+    network: Network = None,
+    allow: Allow = None,
+    allow_dns: AllowDns = None,
     node_selector: NodeSelector = None,
     on_node_loss: OnNodeLoss = OnNodeLossChoice.LOST,
     priority: Priority = 0,
@@ -231,11 +276,15 @@ def create(
         "memory": memory,
         "disk": disk,
         "processes": processes,
+        "output_rate": output_rate,
         "env": env,
         "label": label,
         "ttl": ttl,
         "idle_timeout": idle_timeout,
         "runtime": runtime,
+        "network": network.value if network else "",
+        "allow": allow,
+        "allow_dns": allow_dns,
         "node_selector": node_selector,
         "on_node_loss": on_node_loss.value,
         "priority": priority,
@@ -306,7 +355,7 @@ def info(settings: Settings, name: Name) -> None:
     from prism_cli.sandbox_views import facts
 
     with Client(settings) as client:
-        request = sandbox_pb2.GetSandboxRequest(sandbox=name)
+        request = sandbox_pb2.GetSandboxRequest(sandbox=name, with_usage=True)
         sandbox = client.call(lambda stubs: stubs.sandboxes.GetSandbox, request)
     columns = [Column(title, lambda _, text=text: text) for title, text in facts(sandbox)]  # type: ignore[misc]
     write_one(settings.format, sandbox, sandbox.name, columns)

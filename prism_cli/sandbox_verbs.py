@@ -89,13 +89,14 @@ def _change(
     if len(names) == 1 and changed:
         write_result(settings, *changed.values())
     elif len(names) > 1:
-        _write_results(settings, changed.values(), [one.name for one in changed.values()])
-    _end_with(settings, failures, len(names))
+        write_results(settings, changed.values(), [one.name for one in changed.values()])
+    end_with(settings, failures, len(names))
 
 
-def _write_results(
+def write_results(
     settings: Settings, sandboxes: "Collection[sandbox_pb2.Sandbox]", names: Collection[str]
 ) -> None:
+    """Write what came of several: names, or the data of each."""
     from prism_cli.output import as_data, write_data, write_lines
 
     if settings.format in (Format.TABLE, Format.NAME):
@@ -104,7 +105,7 @@ def _write_results(
         write_data(settings.format, [as_data(one) for one in sandboxes])
 
 
-def _end_with(settings: Settings, failures: "list[tuple[str, PrismError]]", asked: int) -> None:
+def end_with(settings: Settings, failures: "list[tuple[str, PrismError]]", asked: int) -> None:
     """Say what failed, each by its name where there were several, and end with status 1."""
     from prism_cli.batches import report_failures
     from prism_cli.errors import EXIT_FAILED
@@ -293,10 +294,10 @@ def _remove(settings: Settings, chosen: list[tuple[str, str]], *, force: bool, w
                 else:
                     removed[item.position] = item.outcome
     order = sorted(removed)
-    _write_results(
+    write_results(
         settings, [removed[position] for position in order], [chosen[one][0] for one in order]
     )
-    _end_with(settings, failures, len(chosen))
+    end_with(settings, failures, len(chosen))
 
 
 def remove_sandbox(

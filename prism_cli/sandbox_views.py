@@ -65,6 +65,8 @@ def facts(sandbox: pb.Sandbox) -> list[tuple[str, str]]:
     if sandbox.runtime:
         lines.append(("Runtime", runtime_name(sandbox.runtime)))
     lines += [("Image", spec.image or "host"), ("Limits", _limits(spec.limits))]
+    if sandbox.HasField("usage"):
+        lines.append(("Uses", usage_in_words(sandbox.usage)))
     lines += _times(sandbox)
     if spec.HasField("idle_timeout"):
         idle_s = spec.idle_timeout.ToTimedelta().total_seconds()
@@ -76,6 +78,11 @@ def facts(sandbox: pb.Sandbox) -> list[tuple[str, str]]:
     ):
         for position, key in enumerate(sorted(pairs)):
             lines.append(("" if position else title, f"{key}={_value(pairs[key])}"))
+    if spec.network.mode == pb.NETWORK_MODE_EGRESS:
+        from prism_cli.networks import in_words
+
+        for position, line in enumerate(in_words(spec.network)):
+            lines.append(("" if position else "May reach", line))
     if spec.on_node_loss == pb.ON_NODE_LOSS_RESCHEDULE:
         lines.append(("On node loss", f"placed again, empty (generation {sandbox.generation})"))
     if spec.priority:
@@ -121,7 +128,48 @@ def _limits(limits: pb.Limits) -> str:
         parts.append(f"processes {limits.processes_max}")
     if limits.open_files_max:
         parts.append(f"open files {limits.open_files_max}")
+    if limits.output_bytes_per_second:
+        parts.append(f"output {format_bytes(limits.output_bytes_per_second)}/s")
     return ", ".join(parts) or "the defaults"
+
+
+def usage_in_words(usage: pb.SandboxUsage) -> str:
+    """Return what a sandbox uses, of what it may where that is known."""
+    parts = []
+    if usage.HasField("cpu_time"):
+        parts.append(f"{usage.cpu_time.ToNanoseconds() / 1e9:.1f}s of CPU so far")
+    for words, of in (
+        ("memory", memory_of(usage)),
+        ("disk", disk_of(usage)),
+        ("processes", processes_of(usage)),
+    ):
+        if of != "-":
+            parts.append(f"{words} {of}")
+    if usage.oom_kills:
+        parts.append(f"{usage.oom_kills} killed as memory was used up")
+    return ", ".join(parts) or "not known: its node has no cgroups"
+
+
+def memory_of(usage: pb.SandboxUsage) -> str:
+    """Return memory in use and the limit."""
+    return _of(usage, "memory_bytes", usage.limits.memory_bytes, format_bytes)
+
+
+def disk_of(usage: pb.SandboxUsage) -> str:
+    """Return what the files in /workspace take, and its size."""
+    return _of(usage, "disk_bytes", usage.limits.disk_bytes, format_bytes)
+
+
+def processes_of(usage: pb.SandboxUsage) -> str:
+    """Return the number of processes and the limit."""
+    return _of(usage, "processes", usage.limits.processes_max, str)
+
+
+def _of(usage: pb.SandboxUsage, field: str, limit: int, show: Callable[[int], str]) -> str:
+    if not usage.HasField(field):  # type: ignore[arg-type]
+        return "-"
+    used = show(getattr(usage, field))
+    return f"{used}/{show(limit)}" if limit else used
 
 
 def _times(sandbox: pb.Sandbox) -> list[tuple[str, str]]:

@@ -202,6 +202,12 @@ def _pairs(value: Any) -> list[str]:
     return [f"{key}={one}" for key, one in value.items()]
 
 
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise typer.BadParameter("is no list of texts; write one a line, each after a dash")
+    return value
+
+
 def _choice(*words: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value not in words:
@@ -219,11 +225,15 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "memory": _quantity(quantities.parse_bytes),
     "disk": _quantity(quantities.parse_bytes),
     "processes": _whole,
+    "output_rate": _quantity(quantities.parse_bytes),
     "env": _pairs,
     "labels": _pairs,
     "ttl": _quantity(quantities.parse_positive_duration),
     "idle_timeout": _quantity(quantities.parse_positive_duration),
     "runtime": _text,
+    "network": _choice("none", "egress"),
+    "allow": _texts,
+    "allow_dns": _texts,
     "node_selector": _pairs,
     "on_node_loss": _choice("lost", "reschedule"),
     "priority": _whole,

@@ -1,6 +1,7 @@
 """`prismctl bench`: picks workloads, runs their rounds, and removes what they made."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -10,14 +11,18 @@ from prism_cli import quantities
 from prism_cli.options import Format, Settings, command
 
 if TYPE_CHECKING:
-    from prism_cli.bench.report import Outcome
-    from prism_cli.bench.target import Target
+    from collections.abc import Sequence
+
+    from prism_cli.bench.figures import Outcome
+    from prism_cli.bench.runner import Keep
     from prism_cli.bench.workloads import Size, Workload
 
 #: A burst that waits for READY is bound by this unless --timeout says otherwise.
 _TIMEOUT_S: Final = 60.0
 _SECONDS: Final = 60.0
 _ROUNDS_MAX: Final = 100
+#: Each takes a core at most.
+_PROCESSES_MAX: Final = 16
 _COUNT_MAX: Final = 1_000_000
 
 
@@ -56,12 +61,24 @@ def register(app: typer.Typer) -> None:
             int | None,
             typer.Option(min=1, max=_COUNT_MAX, help="Sandboxes or execs, not the usual number."),
         ] = None,
+        processes: Annotated[
+            int,
+            typer.Option(min=1, max=_PROCESSES_MAX, help="Processes that unary creates come from."),
+        ] = 1,
         real: Annotated[
             bool,
             typer.Option("--real", help="Start real sandboxes where no simulated agents are."),
         ] = False,
+        change_leader: Annotated[
+            bool,
+            typer.Option(
+                "--change-leader/--keep-leader",
+                help="Have another member lead before the list is compared.",
+            ),
+        ] = True,
         json_file: Annotated[
-            Path | None, typer.Option("--json", metavar="FILE", help="Write every round as JSON.")
+            Path | None,
+            typer.Option("--json", metavar="FILE", help="Write every round as JSON, as it ends."),
         ] = None,
         plot: Annotated[
             Path | None, typer.Option(metavar="DIR", help="Write SVG over time; needs pygal.")
@@ -72,34 +89,63 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Put load on a cluster and hold the figures against the bars of a two-core machine.
 
-        Only committed successes count, and each is looked for in the list afterwards. All that it
-        makes has the label prism-bench=RUN and is removed, on Ctrl-C too.
+        Only committed successes count: afterwards another member leads, and each is looked for in
+        its list. All that is made has the label prism-bench=RUN and is removed, on Ctrl-C too.
 
         Workloads on the control plane need simulated agents (prism-agent --runtime=fake), or
-        --real. Exit status 1 if an acknowledged sandbox was lost or duplicated; a missed bar is
-        only said.
+        --real. Exit status 1 if an acknowledged sandbox was lost or duplicated, or a workload broke
+        off; a missed bar is only said.
         """
-        from prism_cli.bench import report
-        from prism_cli.bench.machine import describe
-        from prism_cli.bench.workloads import Size
-
         if workloads == ["list"]:
             _write_list(settings)
             return
-        chosen = _choose(workloads or [])
-        if plot is not None:
-            report.require_plotting(plot)
-        machine = describe()
-        outcomes = _run(
-            settings, chosen, rounds, Size(_SECONDS if seconds is None else seconds, count), real
-        )
-        if json_file is not None:
-            report.write_json(json_file, machine, outcomes)
-        if plot is not None:
-            report.write_plots(plot, outcomes)
-        _write(settings, machine, outcomes, markdown)
-        if any(outcome.failed for outcome in outcomes):
-            raise typer.Exit(1)
+        from prism_cli.bench.workloads import Size
+
+        size = Size(_SECONDS if seconds is None else seconds, count, processes)
+        files = _Files(json_file, plot, markdown)
+        _bench(settings, _choose(workloads or []), rounds, size, files, _Means(real, change_leader))
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where the figures go besides the terminal."""
+
+    json: Path | None
+    plot: Path | None
+    markdown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """What the load may do to the cluster."""
+
+    real: bool
+    changes_leader: bool
+
+
+def _bench(
+    settings: Settings, chosen: "list[Workload]", rounds: int, size: "Size", files: _Files,
+    means: _Means,
+) -> None:  # fmt: skip
+    from prism_cli.bench import report
+    from prism_cli.bench.machine import describe
+
+    if files.plot is not None:
+        report.require_plotting(files.plot)
+    machine = describe()
+
+    def keep(outcomes: "Sequence[Outcome]") -> None:
+        # After every round: what a long run has measured outlives whatever ends it.
+        if files.json is not None:
+            report.write_json(files.json, machine, outcomes)
+
+    keep(())
+    outcomes = _run(settings, chosen, rounds, size, means, keep)
+    if files.plot is not None:
+        report.write_plots(files.plot, outcomes)
+    _write(settings, machine, outcomes, files.markdown)
+    if any(outcome.failed for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 def _all() -> "list[Workload]":
@@ -148,17 +194,23 @@ def _write(
 
 
 def _run(
-    settings: Settings, chosen: "list[Workload]", rounds: int, size: "Size", real: bool
+    settings: Settings,
+    chosen: "list[Workload]",
+    rounds: int,
+    size: "Size",
+    means: _Means,
+    keep: "Keep",
 ) -> "list[Outcome]":
     """Run all; a signal cancels the load, and what it made is removed before this returns.
 
     Raises:
         KeyboardInterrupt: By SIGINT.
         LeavingError: By SIGTERM or SIGHUP.
-    """
+    """  # fmt: skip
     import asyncio
     import signal
 
+    from prism_cli.bench.runner import run_workloads
     from prism_cli.bench.target import Target
     from prism_cli.errors import LeavingError
 
@@ -172,14 +224,14 @@ def _run(
         def leave(number: int) -> None:
             if not caught and task is not None:
                 task.cancel()
-                sys.stderr.write("prismctl: removing what was made\n")
+                sys.stderr.write("\nprismctl: removing what was made\n")
             caught.append(number)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, leave, number)
-        async with Target(addresses, timeout_s, real) as target:
+        async with Target(addresses, timeout_s, means.real, means.changes_leader) as target:
             try:
-                return [await _run_one(target, each, rounds, size) for each in chosen]
+                return await run_workloads(target, chosen, rounds, size, keep)
             finally:
                 await target.remove_run()
 
@@ -189,17 +241,3 @@ def _run(
         if caught[0] == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise LeavingError(caught[0]) from None
-
-
-async def _run_one(target: "Target", workload: "Workload", rounds: int, size: "Size") -> "Outcome":
-    from prism_cli.bench.figures import SkippedError
-    from prism_cli.bench.report import Outcome
-
-    found = []
-    try:
-        for number in range(rounds):
-            sys.stderr.write(f"{workload.name}: round {number + 1} of {rounds}\n")
-            found.append(await workload.run(target, size))
-    except SkippedError as skipped:
-        return Outcome(workload, skipped=str(skipped))
-    return Outcome(workload, found)

@@ -3,7 +3,12 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
+
+#: Above this share of a core the load measures itself.
+CLIENT_CPU_MAX: Final = 0.9
+#: Figures that are promises: one above 0 in one round fails the run, whatever its speed.
+EXACT: Final = ("lost", "duplicated", "double_runs", "leftovers")
 
 
 class SkippedError(Exception):
@@ -52,6 +57,33 @@ class Round:
     timeline: list[tuple[float, float]] = field(default_factory=list)
     #: Share of a core that the load itself took.
     client_cpu: float = 0.0
+    #: Of the machine when the round began; above the number of cores others took their share.
+    load_average: float = 0.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One workload and its rounds so far, or why there are none."""
+
+    name: str
+    summary: str
+    bars: Sequence[Bar] = ()
+    rounds: list[Round] = field(default_factory=list)
+    #: Why it cannot run here.
+    skipped: str = ""
+    #: What broke a round off: its figures are missing.
+    error: str = ""
+
+    @property
+    def valid(self) -> bool:
+        """Whether the load had processor time to spare in every round."""
+        return all(one.client_cpu <= CLIENT_CPU_MAX for one in self.rounds)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a promise was broken or a round broke off: never a matter of speed."""
+        broken = any(one.figures.get(name, 0) > 0 for one in self.rounds for name in EXACT)
+        return broken or bool(self.error)
 
 
 def percentile(ordered: Sequence[float], fraction: float) -> float:

@@ -1,50 +1,30 @@
 """What a run shows: a table, Markdown, JSON, and plots."""
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from prism_cli.bench.figures import Round, summaries
-from prism_cli.bench.workloads import Workload
+from prism_cli.bench.figures import CLIENT_CPU_MAX, Bar, Outcome, Round, summaries
 from prism_cli.errors import CliError
 
-#: Above this share of a core the load measures itself.
-CLIENT_CPU_MAX: Final = 0.9
 _PLOT_POINTS: Final = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One workload's rounds, or why there are none."""
-
-    workload: Workload
-    rounds: Sequence[Round] = ()
-    skipped: str = ""
-
-    @property
-    def valid(self) -> bool:
-        """Whether the load had processor time to spare in every round."""
-        return all(one.client_cpu <= CLIENT_CPU_MAX for one in self.rounds)
-
-    @property
-    def failed(self) -> bool:
-        """Whether an acknowledged sandbox was lost or duplicated: never a matter of speed."""
-        return any(
-            one.figures.get(name, 0) > 0 for one in self.rounds for name in ("lost", "duplicated")
-        )
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, str, str, str, str]]:
     """Return workload, figure, value, bar and verdict."""
     found = []
     for outcome in outcomes:
-        name = outcome.workload.name
-        if outcome.skipped:
-            found.append((name, "", "", "", f"skipped: {outcome.skipped}"))
+        name = outcome.name
+        if outcome.skipped or outcome.error:
+            why = f"skipped: {outcome.skipped}" if outcome.skipped else f"failed: {outcome.error}"
+            found.append((name, "", "", "", why))
+            name = ""
+        if not outcome.rounds:
             continue
-        bars = {bar.figure: bar for bar in outcome.workload.bars}
+        bars = {bar.figure: bar for bar in outcome.bars}
         for figure, summary in summaries(outcome.rounds).items():
             bar = bars.get(figure)
             # One lost sandbox in one round is a miss, whatever the median.
@@ -103,13 +83,22 @@ def as_data(machine: Mapping[str, str], outcomes: Sequence[Outcome]) -> dict[str
         "machine": dict(machine),
         "workloads": [
             {
-                "name": outcome.workload.name,
-                "summary": outcome.workload.summary,
+                "name": outcome.name,
+                "summary": outcome.summary,
                 "skipped": outcome.skipped,
+                "error": outcome.error,
                 "valid": outcome.valid,
-                "bars": {bar.figure: str(bar) for bar in outcome.workload.bars},
+                "bars": [
+                    {"figure": bar.figure, "kind": bar.kind, "limit": bar.limit}
+                    for bar in outcome.bars
+                ],
                 "rounds": [
-                    {"figures": one.figures, "refused": one.refused, "client_cpu": one.client_cpu}
+                    {
+                        "figures": one.figures,
+                        "refused": one.refused,
+                        "client_cpu": one.client_cpu,
+                        "load_average": one.load_average,
+                    }
                     for one in outcome.rounds
                 ],
             }
@@ -118,15 +107,50 @@ def as_data(machine: Mapping[str, str], outcomes: Sequence[Outcome]) -> dict[str
     }
 
 
+def from_data(data: Mapping[str, Any]) -> tuple[dict[str, str], list[Outcome]]:
+    """Return what `as_data` was given, without the timelines.
+
+    Raises:
+        ValueError: It is no such data.
+    """
+    try:
+        outcomes = [
+            Outcome(
+                one["name"],
+                one["summary"],
+                tuple(Bar(bar["figure"], bar["kind"], bar["limit"]) for bar in one["bars"]),
+                [
+                    Round(
+                        dict(each["figures"]),
+                        dict(each["refused"]),
+                        client_cpu=each["client_cpu"],
+                        load_average=each["load_average"],
+                    )
+                    for each in one["rounds"]
+                ],
+                one["skipped"],
+                one["error"],
+            )
+            for one in data["workloads"]
+        ]
+        return dict(data["machine"]), outcomes
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not what a benchmark wrote: {error!r}") from None
+
+
 def write_json(path: Path, machine: Mapping[str, str], outcomes: Sequence[Outcome]) -> None:
-    """Write the JSON.
+    """Write the JSON. A reader, or a run that is broken off, finds the old file or the new one.
 
     Raises:
         CliError: The file cannot be written.
     """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.write_text(json.dumps(as_data(machine, outcomes), indent=2) + "\n")
+        partial.write_text(json.dumps(as_data(machine, outcomes), indent=2) + "\n")
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise CliError(f"--json: {path}: {error.strerror}") from None
 
 
@@ -170,14 +194,17 @@ def write_plots(directory: Path, outcomes: Sequence[Outcome]) -> list[Path]:
         points = buckets(outcome.rounds[-1].timeline) if outcome.rounds else []
         if not points:
             continue
-        for what, column in (("successes per second", 1), ("worst latency, ms", 2)):
+        for name, what, column in (
+            ("rate", "successes per second", 1),
+            ("latency", "worst latency, ms", 2),
+        ):
             # No script from elsewhere: the picture must open without a network.
             chart = pygal.XY(
-                title=f"{outcome.workload.name}: {what}", x_title="seconds", show_legend=False,
+                title=f"{outcome.name}: {what}", x_title="seconds", show_legend=False,
                 js=[], dots_size=1,
             )  # fmt: skip
             chart.add(what, [(point[0], point[column]) for point in points])
-            path = directory / f"{outcome.workload.name}-{what.split()[1].rstrip(',')}.svg"
+            path = directory / f"{outcome.name}-{name}.svg"
             chart.render_to_file(str(path))
             written.append(path)
     return written

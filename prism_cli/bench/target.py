@@ -28,6 +28,7 @@ BATCH_ITEMS: Final = 1000
 BATCH_CALLS: Final = 10
 _PAGE_SIZE: Final = 1000
 _FIND_TIMEOUT_S: Final = 3.0
+_LOOK_PAUSE_S: Final = 0.1
 #: What a full queue refuses is removed in the end by asking again so often.
 _REMOVE_ATTEMPTS: Final = 20
 
@@ -39,79 +40,150 @@ class Target:
         addresses: API addresses to find the leader by.
         timeout_s: Bound of each call.
         real: Whether control-plane load may start real sandboxes.
+        changes_leader: Whether another member leads before what was acknowledged is compared.
     """
 
-    def __init__(self, addresses: Sequence[str], timeout_s: float, real: bool) -> None:
+    def __init__(
+        self, addresses: Sequence[str], timeout_s: float, real: bool, changes_leader: bool = False
+    ) -> None:
         self._addresses = addresses
         self.timeout_s = timeout_s
         self.real = real
+        self.changes_leader = changes_leader
         self.run_id = f"bench-{secrets.token_hex(4)}"
         self.leader_address = self.follower_address = ""
         #: Ready runtimes of the nodes, with how many nodes have each.
         self.runtimes: Counter[str] = Counter()
+        #: When each READY node was heard last, by the leader's clock.
+        self._heard: dict[str, int] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        await self._find()
-        self.leader = await self._stub(self.leader_address)
-        self.follower = await self._stub(self.follower_address) if self.follower_address else None
+        await self.find()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._stack.aclose()
 
-    async def _stub(self, address: str) -> "sandbox_pb2_grpc.SandboxServiceAsyncStub":
-        channel = await self._stack.enter_async_context(open_channel(address))
-        return sandbox_pb2_grpc.SandboxServiceStub(channel)
+    async def channel(self, address: str) -> grpc.aio.Channel:
+        """Return the one channel to an address."""
+        if address not in self._channels:
+            self._channels[address] = await self._stack.enter_async_context(open_channel(address))
+        return self._channels[address]
 
-    async def _find(self) -> None:
+    async def _stub(self, address: str) -> "sandbox_pb2_grpc.SandboxServiceAsyncStub":
+        return sandbox_pb2_grpc.SandboxServiceStub(await self.channel(address))
+
+    async def find(self) -> None:
         """Learn the leader, a follower and the nodes' runtimes from the first that answers.
 
         Raises:
-            UnreachableError: No address answers.
-            CliError: No leader is known.
+            UnreachableError: No address answers, or no leader is known.
         """
-        for address in self._addresses:
-            async with open_channel(address) as channel:
-                stub = cluster_pb2_grpc.ClusterServiceStub(channel)
-                try:
-                    cluster = await stub.GetCluster(
-                        cluster_pb2.GetClusterRequest(), timeout=_FIND_TIMEOUT_S
-                    )
-                    peers = await stub.ListPeers(
-                        cluster_pb2.ListPeersRequest(), timeout=_FIND_TIMEOUT_S
-                    )
-                    if not cluster.leader_api_address:
-                        continue
-                    await self._find_runtimes(channel)
-                except grpc.aio.AioRpcError:
-                    continue
-            self.leader_address = cluster.leader_api_address
-            self.follower_address = next(
-                (
-                    peer.api_address
-                    for peer in peers.peers
-                    if peer.role == cluster_pb2.PEER_ROLE_FOLLOWER
-                    and peer.api_address
-                    and peer.reachable
-                ),
-                "",
+        for address in (self.leader_address, *self._addresses):
+            if address and await self._ask(address):
+                break
+        else:
+            raise UnreachableError(
+                f"no answer from a cluster with a leader at {', '.join(self._addresses)}; start "
+                "one, or name it with --api HOST:PORT"
             )
-            return
-        raise UnreachableError(
-            f"no answer from a cluster with a leader at {', '.join(self._addresses)}; start one, "
-            "or name it with --api HOST:PORT"
+        self.leader = await self._stub(self.leader_address)
+        self.follower = await self._stub(self.follower_address) if self.follower_address else None
+
+    async def _ask(self, address: str) -> bool:
+        """Ask one member; False: it does not answer, or knows no leader."""
+        channel = await self.channel(address)
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+        try:
+            cluster = await stub.GetCluster(
+                cluster_pb2.GetClusterRequest(), timeout=_FIND_TIMEOUT_S
+            )
+            peers = await stub.ListPeers(cluster_pb2.ListPeersRequest(), timeout=_FIND_TIMEOUT_S)
+            if not cluster.leader_api_address:
+                return False
+            await self._find_runtimes(await self.channel(cluster.leader_api_address))
+        except grpc.aio.AioRpcError:
+            return False
+        self.leader_address = cluster.leader_api_address
+        self.follower_address = next(
+            (
+                peer.api_address
+                for peer in peers.peers
+                if peer.role == cluster_pb2.PEER_ROLE_FOLLOWER
+                and peer.api_address
+                and peer.reachable
+            ),
+            "",
         )
+        return True
+
+    async def change_leader(self) -> None:
+        """Have another member lead, and wait until it hears the nodes; alone, it goes on leading.
+
+        Raises:
+            CliError: The new leader does not hear from all nodes that were READY.
+        """
+        if not self.follower_address:
+            return
+        nodes = len(self._heard)
+        await self.depose()
+        await self._await(self._try_find, "no leader is found")
+        before = dict(self._heard)
+
+        async def heard() -> bool:
+            await self._find_runtimes(await self.channel(self.leader_address))
+            news = sum(at != before.get(node) for node, at in self._heard.items())
+            return news >= nodes
+
+        await self._await(heard, f"the new leader does not hear from {nodes} nodes")
+
+    async def depose(self) -> None:
+        """End the leader's term: leadership is handed to the member that is most up to date."""
+        stub = cluster_pb2_grpc.ClusterServiceStub(await self.channel(self.leader_address))
+        await stub.TransferLeadership(
+            cluster_pb2.TransferLeadershipRequest(), timeout=self.timeout_s
+        )
+
+    def leader_memory_bytes(self) -> int | None:
+        """Return the resident memory of the leader's process; None: it is not ours to look at."""
+        return None
+
+    def left_on_nodes(self) -> int:
+        """Return how much of removed sandboxes is still on the nodes; 0 where nobody can look."""
+        return 0
+
+    async def _try_find(self) -> bool:
+        try:
+            await self.find()
+        except UnreachableError:
+            return False
+        return True
+
+    async def _await(self, look: Callable[[], Awaitable[bool]], failure: str) -> None:
+        ends = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                if await look():
+                    return
+            except grpc.aio.AioRpcError:
+                await self._try_find()
+            if time.monotonic() > ends:
+                raise CliError(f"{failure} within {self.timeout_s:g} s")
+            await asyncio.sleep(_LOOK_PAUSE_S)
 
     async def _find_runtimes(self, channel: grpc.aio.Channel) -> None:
         stub = node_pb2_grpc.NodeServiceStub(channel)
         request = node_pb2.ListNodesRequest(page_size=_PAGE_SIZE)
         self.runtimes.clear()
+        self._heard.clear()
         while True:
             page = await stub.ListNodes(request, timeout=_FIND_TIMEOUT_S)
             for node in page.nodes:
                 if node.state == node_pb2.NODE_STATE_READY:
                     self.runtimes.update(each.name for each in node.runtimes if each.ready)
+                    self._heard[node.id] = node.last_seen_time.ToMilliseconds()
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
@@ -122,13 +194,7 @@ class Target:
         self, runtime: str, *, ready: bool, limits: pb.Limits | None = None
     ) -> pb.CreateSandboxRequest:
         """Return a create of this run; limits None: small ones, so that thousands fit."""
-        if limits is None:
-            limits = pb.Limits(cpu_millicores=10, memory_bytes=16 << 20, disk_bytes=1 << 20)
-        return pb.CreateSandboxRequest(
-            request_id=str(uuid.uuid4()),
-            wait_until=pb.WAIT_UNTIL_READY if ready else pb.WAIT_UNTIL_COMMITTED,
-            spec=pb.SandboxSpec(labels={LABEL: self.run_id}, runtime=runtime, limits=limits),
-        )
+        return create_request(self.run_id, runtime, ready=ready, limits=limits)
 
     async def list_run(self) -> list[str]:
         """Return the ids of this run's sandboxes, by linearizable reads."""
@@ -159,6 +225,7 @@ class Target:
                 # Between two leaders: the next attempt finds the new one.
                 reason = from_rpc_error(error).code
                 await asyncio.sleep(0.5)
+                await self._try_find()
                 continue
             if refused:
                 await asyncio.sleep(0.5)
@@ -185,12 +252,31 @@ class Target:
         return refused
 
 
-class Tally:
-    """What a load was told."""
+def create_request(
+    run_id: str, runtime: str, *, ready: bool, limits: pb.Limits | None = None
+) -> pb.CreateSandboxRequest:
+    """Return a create of a run; limits None: small ones, so that thousands fit."""
+    if limits is None:
+        limits = pb.Limits(cpu_millicores=10, memory_bytes=16 << 20, disk_bytes=1 << 20)
+    return pb.CreateSandboxRequest(
+        request_id=str(uuid.uuid4()),
+        wait_until=pb.WAIT_UNTIL_READY if ready else pb.WAIT_UNTIL_COMMITTED,
+        spec=pb.SandboxSpec(labels={LABEL: run_id}, runtime=runtime, limits=limits),
+    )
 
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
+
+class Tally:
+    """What a load was told.
+
+    Args:
+        started: When it begins, by time.perf_counter; None: now.
+    """
+
+    def __init__(self, started: float | None = None) -> None:
+        self.started = time.perf_counter() if started is None else started
         self._cpu = time.process_time()
+        #: Share of a core of the busiest other process that took part.
+        self.others_cpu = 0.0
         #: Acknowledged sandboxes, without their specs' weight.
         self.ids: list[str] = []
         self.create_times_s: list[float] = []
@@ -215,9 +301,10 @@ class Tally:
         return max((at for at, _ in self.timeline), default=0.0)
 
     def client_cpu(self) -> float:
-        """Return the share of a core that this process took since the beginning."""
+        """Return the share of a core that this process took since the beginning, or another."""
         took_s = time.perf_counter() - self.started
-        return (time.process_time() - self._cpu) / took_s if took_s else 0.0
+        ours = (time.process_time() - self._cpu) / took_s if took_s else 0.0
+        return max(ours, self.others_cpu)
 
 
 async def each_of(
@@ -236,14 +323,13 @@ async def each_of(
 
 
 async def create(
-    target: Target, tally: Tally, request: pb.CreateSandboxRequest, since: float | None = None,
-    through: "sandbox_pb2_grpc.SandboxServiceAsyncStub | None" = None,
+    stub: "sandbox_pb2_grpc.SandboxServiceAsyncStub", timeout_s: float, tally: Tally,
+    request: pb.CreateSandboxRequest, since: float | None = None,
 ) -> None:  # fmt: skip
     """Create one sandbox, timed from when it was due; a refusal is counted, and not tried again."""
     due = time.perf_counter() if since is None else since
-    stub = target.leader if through is None else through
     try:
-        tally.acknowledge(await stub.CreateSandbox(request, timeout=target.timeout_s), due)
+        tally.acknowledge(await stub.CreateSandbox(request, timeout=timeout_s), due)
     except grpc.aio.AioRpcError as error:
         tally.refused[from_rpc_error(error).code] += 1
 
@@ -268,7 +354,9 @@ async def create_batch(
 
 
 async def lost_and_duplicated(target: Target, tally: Tally) -> tuple[int, int]:
-    """Compare what was acknowledged with what the cluster lists."""
+    """Compare what was acknowledged with what the cluster lists, where asked under a new leader."""
+    if target.changes_leader:
+        await target.change_leader()
     listed = Counter(await target.list_run())
     told = set(tally.ids)
     twice = sum(count > 1 for count in listed.values())

@@ -9,6 +9,7 @@ from typing import Final
 from prism.sandbox.v1 import sandbox_pb2 as pb
 
 from prism_cli.bench.figures import Bar, Round, SkippedError, latencies_ms, percentile
+from prism_cli.bench.load import Load, offer
 from prism_cli.bench.target import (
     BATCH_CALLS,
     BATCH_ITEMS,
@@ -22,9 +23,8 @@ from prism_cli.bench.target import (
     each_of,
     lost_and_duplicated,
 )
+from prism_cli.errors import CliError
 
-#: Calls under way in an open loop. More wait for nothing but memory: such a cluster has stalled.
-_OPEN_LOOP_MAX: Final = 20_000
 _SEQUENTIAL: Final = 200
 _BURST_CALLS: Final = 256
 _WATCHERS: Final = 100
@@ -40,6 +40,8 @@ class Size:
     seconds: float = 60.0
     #: Sandboxes of a workload instead of its own number; None: its own.
     count: int | None = None
+    #: Processes that bursts and open loops of unary creates are offered by.
+    processes: int = 1
 
     def of(self, usual: int) -> int:
         """Return how many sandboxes a workload makes."""
@@ -112,16 +114,14 @@ def burst(usual: int, in_flight: int | None, *, follower: bool = False) -> Run:
 
     async def run(target: Target, size: Size) -> Round:
         runtime, count = control_runtime(target), size.of(usual)
-        if follower and target.follower is None:
+        if follower and not target.follower_address:
             raise SkippedError("this cluster has no follower")
-        through = target.follower if follower else None
-        requests = [target.request(runtime, ready=True) for _ in range(count)]
-        tally = Tally()
-
-        async def one(request: pb.CreateSandboxRequest) -> None:
-            await create(target, tally, request, through=through)
-
-        await each_of(requests, in_flight or count, one)
+        load = Load(
+            target.follower_address if follower else target.leader_address, target.run_id,
+            runtime, ready=True, timeout_s=target.timeout_s, count=count,
+            in_flight=in_flight or count,
+        )  # fmt: skip
+        tally = await offer(load, size.processes)
         return _ready_figures(await settle(target, tally), tally)
 
     return run
@@ -164,25 +164,11 @@ def open_loop(rate: int) -> Run:
     """Return creates at a steady rate, each timed from when it was due."""
 
     async def run(target: Target, size: Size) -> Round:
-        runtime, count = control_runtime(target), max(1, int(rate * size.seconds))
-        room = asyncio.Semaphore(_OPEN_LOOP_MAX)
-        tally = Tally()
-
-        async def one(due: float) -> None:
-            try:
-                await create(target, tally, target.request(runtime, ready=False), due)
-            finally:
-                room.release()
-
-        async with asyncio.TaskGroup() as group:
-            for number in range(count):
-                due = tally.started + number / rate
-                await room.acquire()
-                early_s = due - time.perf_counter()
-                if early_s > 0:
-                    await asyncio.sleep(early_s)
-                group.create_task(one(due))
-        result = await settle(target, tally)
+        load = Load(
+            target.leader_address, target.run_id, control_runtime(target), ready=False,
+            timeout_s=target.timeout_s, count=max(1, int(rate * size.seconds)), rate_per_s=rate,
+        )  # fmt: skip
+        result = await settle(target, await offer(load, size.processes))
         result.figures.pop("took_s")
         achieved = result.figures.pop("per_s")
         figures = {"offered_per_s": float(rate), "achieved_per_s": achieved}
@@ -194,17 +180,19 @@ def open_loop(rate: int) -> Run:
 
 async def sequential(target: Target, size: Size) -> Round:
     """Create one after the other, each until committed."""
-    runtime, count = control_runtime(target), size.of(_SEQUENTIAL)
+    runtime, count = control_runtime(target), size.at_most(_SEQUENTIAL)
     tally = Tally()
     for _ in range(count):
-        await create(target, tally, target.request(runtime, ready=False))
+        request = target.request(runtime, ready=False)
+        await create(target.leader, target.timeout_s, tally, request)
     return await settle(target, tally)
 
 
 async def state(target: Target, size: Size) -> Round:
     """Fill the state; list all of it, and watch it with many watchers."""
     runtime, count = control_runtime(target), size.of(100_000)
-    parts = chunks((target.request(runtime, ready=False) for _ in range(count)), BATCH_ITEMS)
+    # Until READY: a list of what is still being started would measure the starts.
+    parts = chunks((target.request(runtime, ready=True) for _ in range(count)), BATCH_ITEMS)
     tally = Tally()
 
     async def one(part: list[pb.CreateSandboxRequest]) -> None:
@@ -215,14 +203,17 @@ async def state(target: Target, size: Size) -> Round:
     listed = await target.list_run()
     list_ms = (time.perf_counter() - started) * 1e3
     lags = await _watch_lags(target, runtime)
+    memory_bytes = target.leader_memory_bytes()
     figures = {
-        "created_per_s": len(tally.ids) / tally.took_s if tally.took_s else 0.0,
+        "ready_per_s": len(tally.ids) / tally.took_s if tally.took_s else 0.0,
         "list_ms": list_ms,
         "listed": float(len(listed)),
         "watch_lag_p50_ms": percentile(lags, 0.5) * 1e3,
         "watch_lag_p99_ms": percentile(lags, 0.99) * 1e3,
         "failures": float(sum(tally.refused.values())),
     }
+    if memory_bytes is not None:
+        figures["leader_rss_mb"] = memory_bytes / 1e6
     cpu = tally.client_cpu()
     await target.remove_run()
     return Round(figures, dict(tally.refused), tally.timeline, cpu)
@@ -248,7 +239,7 @@ async def _watch_lags(target: Target, runtime: str) -> list[float]:
             while len(events) < _WATCHED:
                 response = await call.read()
                 if not isinstance(response, pb.WatchSandboxesResponse):
-                    raise SkippedError("a watch ended by itself")
+                    raise CliError("a watch ended by itself")
                 if response.HasField("sandbox"):
                     events.setdefault(response.sandbox.id, time.perf_counter())
         finally:
@@ -307,6 +298,7 @@ CONTROL: Final[Sequence[Workload]] = (
     Workload(
         "state-100k", "100,000 sandboxes: list all, and 100 watchers", state,
         (Bar("list_ms", "at most", 300), Bar("watch_lag_p99_ms", "at most", 100),
+         Bar("leader_rss_mb", "at most", 250),
          Bar("failures", "at most", 0)),
     ),
 )  # fmt: skip

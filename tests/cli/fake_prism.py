@@ -1,5 +1,6 @@
 """A control plane in this process: real gRPC, real semantics, scripted failures. No mock."""
 
+import contextlib
 import signal
 import threading
 from collections import defaultdict, deque
@@ -18,6 +19,7 @@ from prism.sandbox.v1 import sandbox_pb2_grpc
 
 from prism_common import errors
 from prism_common.status import DETAILS_KEY, code_named, to_status
+from tests.cli.fake_files import FakeFiles
 
 WAIT_S = 20.0
 
@@ -165,12 +167,15 @@ PROGRAMS: dict[str, Callable[[FakeExec], Any]] = {
 
 
 class FakePrism(
-    sandbox_pb2_grpc.SandboxServiceServicer,
+    FakeFiles,
     node_pb2_grpc.NodeServiceServicer,
     cluster_pb2_grpc.ClusterServiceServicer,
 ):
     def __init__(self) -> None:
+        super().__init__()
         self.changed = threading.Condition()
+        #: What a node's first, second … measurement says, by sandbox id; the last one stays.
+        self.usages: list[dict[str, pb.SandboxUsage]] = []
         self.sandboxes: dict[str, pb.Sandbox] = {}
         self.by_request: dict[str, pb.Sandbox] = {}
         self.log: list[pb.Sandbox] = []
@@ -207,6 +212,16 @@ class FakePrism(
             execution.take(pb.ExecRequest(signal=signal.SIGKILL))
             execution.take(pb.ExecRequest(stdin_eof=Empty()))
         self._server.stop(None).wait()
+        self.close_files()
+
+    def _abort(self, context: Any, failure: errors.PrismError | status_pb2.Status) -> None:
+        abort(context, failure)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self.changed:
+            yield
+            self.changed.notify_all()
 
     # ── Scripting ────────────────────────────────────────────────────────────────────────────
 
@@ -313,6 +328,18 @@ class FakePrism(
                     abort(context, status_pb2.Status(code=14, message="Socket closed"))
                 left -= 1
                 yield pb.WatchSandboxesResponse(sandbox=sandbox, revision=sandbox.revision)
+
+    def UpdateSandbox(self, request: Any, context: Any) -> pb.Sandbox:
+        self._begin("UpdateSandbox", request, context)
+        sandbox = self._find(request.sandbox, context)
+        return self.put(sandbox.name, sandbox.state, spec=pb.SandboxSpec(limits=request.limits))
+
+    def MeasureSandboxes(self, request: Any, context: Any) -> pb.MeasureSandboxesResponse:
+        self._begin("MeasureSandboxes", request, context)
+        before = sum(one.node == request.node for one in self.requests("MeasureSandboxes")) - 1
+        usages = self.usages[min(before, len(self.usages) - 1)]
+        found = [usages[key] for key in request.sandbox_ids if key in usages]
+        return pb.MeasureSandboxesResponse(usages=found)
 
     def StopSandbox(self, request: Any, context: Any) -> pb.Sandbox:
         self._begin("StopSandbox", request, context)

@@ -185,6 +185,7 @@ def test_a_bad_address_is_named(bare: Run, api: str) -> None:
         (["--ttl", "0"], "--ttl"),
         (["--idle-timeout", "1m1h"], "--idle-timeout"),
         (["--processes", "0"], "--processes"),
+        (["--output-rate", "fast"], "--output-rate"),
         (["--priority", "5000"], "--priority"),
         (["--env", "NOVALUE"], "--env"),
         (["--env", "A=1", "--env", "A=2"], "--env"),

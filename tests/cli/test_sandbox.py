@@ -28,13 +28,17 @@ def test_create_sends_what_the_flags_say(inline: Run, fake: FakePrism) -> None:
         "--processes", "64", "--env", "A=b=c", "--env", "E=", "--label", "team=search",
         "--ttl", "1h30m", "--idle-timeout", "90s", "--runtime", "gvisor", "--image", "python",
         "--node-selector", "disk=ssd", "--on-node-loss", "reschedule", "--priority", "-5",
-        "--request-id", "mine",
+        "--request-id", "mine", "--output-rate", "10Mi",
     )  # fmt: skip
     (request,) = fake.requests("CreateSandbox")
     spec = request.spec
     assert (request.name, request.request_id) == ("web", "mine")
     assert spec.limits == pb.Limits(
-        cpu_millicores=1500, memory_bytes=2**30, disk_bytes=2 * 10**9, processes_max=64
+        cpu_millicores=1500,
+        memory_bytes=2**30,
+        disk_bytes=2 * 10**9,
+        processes_max=64,
+        output_bytes_per_second=10 * 2**20,
     )
     assert dict(spec.env) == {"A": "b=c", "E": ""}
     assert (dict(spec.labels), dict(spec.node_selector)) == ({"team": "search"}, {"disk": "ssd"})

@@ -25,7 +25,7 @@ from tests.cli.fake_prism import FakePrism
 VERBS = [
     *(("sandbox", verb) for verb in (
         "create", "ls", "info", "exec", "attach", "execs", "logs", "start", "stop", "pause",
-        "resume", "rm", "run")),
+        "resume", "rm", "run", "cp", "port", "top", "update")),
     *(("node", verb) for verb in ("ls", "info", "top", "cordon", "uncordon", "drain")),
     *(("peer", verb) for verb in ("ls", "info", "add", "rm", "transfer-leader")),
     ("info",), ("backup",), ("doctor",), ("completion",), ("bench",),
