@@ -9,7 +9,7 @@ SECONDS ?= 60
 ROUNDS ?= 5
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help up down status test lint format proto sim mutants nemesis bench install install-dev constraints clean
+.PHONY: help up down status test lint format proto sim mutants nemesis bench gvisor install install-dev constraints clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,8 +58,12 @@ nemesis: install-dev ## Hurt real clusters of three and five nodes, as root: mak
 	$(BIN)/python -m tests.nemesis.run --members 3 --seconds $(SECONDS)
 	$(BIN)/python -m tests.nemesis.run --members 5 --seconds $(SECONDS)
 
-bench: install-dev ## Measure a cluster of its own on this machine: make bench ROUNDS=5.
-	PYTHONPATH=.:proto $(BIN)/python bench/run.py --rounds $(ROUNDS)
+bench: install-dev ## Measure clusters of its own on this machine: make bench ROUNDS=5, or QUICK=1.
+	PYTHONPATH=.:proto $(BIN)/python bench/run.py --rounds $(ROUNDS) --seconds $(SECONDS) $(if $(QUICK),--quick)
+
+gvisor: install ## Fetch gVisor's runsc from Debian 13, and see that sandboxes of it run here.
+	@deploy/fetch_gvisor.sh
+	@$(BIN)/prism-agent --probe --runtime=gvisor --log-level=error
 
 constraints: install-dev ## Write the exact versions that are installed to constraints.txt.
 	deploy/write_constraints.sh

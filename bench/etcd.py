@@ -10,12 +10,10 @@ that the ratio holds when the machine's speed drifts. What was created is delete
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
+import functools
 import importlib
-import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -32,6 +30,9 @@ import grpc.aio
 from grpc_tools import protoc
 from prism.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
+from bench.part import Results, leave_on_signals, parser, run_rounds, version_of
+from prism_cli.bench.figures import Bar, Outcome, Round, percentile
+from prism_cli.errors import CliError
 from prism_common.channels import open_channel
 from tests.integration import harness
 
@@ -132,7 +133,7 @@ def prism_writer(stub: sandbox_pb2_grpc.SandboxServiceAsyncStub, made: list[str]
         answer = await stub.BatchCreateSandboxes(batch, timeout=TIMEOUT_S)
         failed = [result.message for result in answer.results if result.code]
         if failed:
-            raise SystemExit(f"a create failed: {failed[0]}")
+            raise CliError(f"a create failed: {failed[0]}")
         made.extend(result.sandbox.id for result in answer.results)
 
     return write
@@ -153,9 +154,9 @@ async def run_for(write: Write, writers: int, items: int, seconds: float) -> dic
     took_s = time.monotonic() - started
     latencies.sort()
     return {
-        "commits_s": len(latencies) * items / took_s,
+        "commits_per_s": len(latencies) * items / took_s,
         "p50_ms": statistics.median(latencies) * 1e3,
-        "p99_ms": latencies[int(len(latencies) * 0.99)] * 1e3,
+        "p99_ms": percentile(latencies, 0.99) * 1e3,
         "client_cpu": (time.process_time() - cpu) / took_s,
     }
 
@@ -171,80 +172,75 @@ async def remove(stub: sandbox_pb2_grpc.SandboxServiceAsyncStub, made: list[str]
 
 
 async def compare(
-    etcd: str, prism: str, pb: Any, stubs: Any, rounds: int, seconds: float
-) -> list[dict[str, Any]]:
-    """Return a row for each shape and round."""
-    rows: list[dict[str, Any]] = []
+    etcd: str, prism: str, pb: Any, stubs: Any, shape: tuple[int, int], seconds: float
+) -> Round:
+    """Load both in turn with one shape."""
+    writers, items = shape
     made: list[str] = []
     async with grpc.aio.insecure_channel(etcd) as other, open_channel(prism) as channel:
         stub = sandbox_pb2_grpc.SandboxServiceStub(channel)
         puts, creates = etcd_writer(stubs.KVStub(other), pb), prism_writer(stub, made)
-        for number in range(rounds):
-            for writers, items in SHAPES:
-                row: dict[str, Any] = {"round": number, "writers": writers, "items": items}
-                row["etcd"] = await run_for(puts, writers, items, seconds)
-                row["prism"] = await run_for(creates, writers, items, seconds)
-                await remove(stub, made)
-                row["ratio"] = row["prism"]["commits_s"] / row["etcd"]["commits_s"]
-                rows.append(row)
-                print(_line(row), flush=True)
-    return rows
+        theirs = await run_for(puts, writers, items, seconds)
+        try:
+            ours = await run_for(creates, writers, items, seconds)
+        finally:
+            await remove(stub, made)
+    return Round(
+        {
+            "ratio": ours["commits_per_s"] / theirs["commits_per_s"],
+            **{
+                f"{name}_{figure}": measured[figure]
+                for name, measured in (("prism", ours), ("etcd", theirs))
+                for figure in ("commits_per_s", "p50_ms", "p99_ms")
+            },
+        },
+        client_cpu=max(ours["client_cpu"], theirs["client_cpu"]),
+    )
 
 
-def _line(row: dict[str, Any]) -> str:
-    parts = [
-        f"{name} {row[name]['commits_s']:7.0f}/s p50 {row[name]['p50_ms']:6.1f} "
-        f"p99 {row[name]['p99_ms']:6.1f} ms client {row[name]['client_cpu']:.0%}"
-        for name in ("etcd", "prism")
-    ]
-    shape = f"{row['writers']:3} writers × {row['items']:3}"
-    return f"{shape}: {'; '.join(parts)}; ratio {row['ratio']:.2f}"
+def outcome_of(shape: tuple[int, int]) -> Outcome:
+    """Return what one shape is called, and its bar."""
+    writers, items = shape
+    what = f"{writers} writers" if writers > 1 else "1 writer"
+    return Outcome(
+        f"etcd-{writers}x{items}",
+        f"commits beside a three-node etcd: {what}, {items} a call",
+        (Bar("ratio", "at least", 0.45 if items == 1 else 0.7),),
+    )
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return median and range of each shape."""
-    result = []
-    for writers, items in SHAPES:
-        same = [row for row in rows if (row["writers"], row["items"]) == (writers, items)]
-        ratios = sorted(row["ratio"] for row in same)
-        result.append(
-            {
-                "writers": writers,
-                "items": items,
-                "etcd_commits_s": round(statistics.median(r["etcd"]["commits_s"] for r in same)),
-                "prism_commits_s": round(statistics.median(r["prism"]["commits_s"] for r in same)),
-                "ratio": round(statistics.median(ratios), 2),
-                "ratio_min": round(ratios[0], 2),
-                "ratio_max": round(ratios[-1], 2),
-            }
-        )
-    return result
-
-
-def main() -> None:
+def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    flags = parser(__doc__ or "")
+    flags.add_argument("--seconds", type=float, default=3.0, help="of each load")
+    arguments = flags.parse_args()
+    leave_on_signals()
+    outcomes = [outcome_of(shape) for shape in SHAPES]
+    installed = shutil.which("etcd") is not None
+    others = (version_of("etcd", "--version"),) if installed else ()
+    results = Results(arguments, outcomes, *others)
+    if not installed:
+        for outcome in outcomes:
+            outcome.skipped = "etcd is not installed; as root: apt-get install etcd-server"
+        results.keep(outcomes)
+        return results.finish()
+    seconds = 1.0 if arguments.quick else arguments.seconds
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         pb, stubs = load_stubs(directory)
         with etcd_cluster(directory) as addresses, harness.cluster(directory, 3) as cluster:
-            cluster.wait_ready()
             leader = asyncio.run(etcd_leader(addresses, pb, stubs))
-            print(f"load average {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores")
-            rows = asyncio.run(
-                compare(
-                    leader, cluster.leader().api, pb, stubs, arguments.rounds, arguments.seconds
-                )
-            )
-    for line in summary(rows):
-        print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+            def work(shape: tuple[int, int]) -> Round:
+                api = cluster.leader().api
+                return asyncio.run(compare(leader, api, pb, stubs, shape, seconds))
+
+            return run_rounds(
+                results, arguments.rounds,
+                [(outcome, functools.partial(work, shape))
+                 for outcome, shape in zip(outcomes, SHAPES, strict=True)],
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +13,8 @@ from pathlib import Path
 
 from prism.node.v1 import node_pb2
 
+from prism_cli.bench.target import Target
+from prism_cli.errors import CliError
 from tests.integration import harness
 
 STOP_TIMEOUT_S = 30.0
@@ -67,6 +71,47 @@ class SimulatedAgents:
                 self.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
+
+
+def resident_bytes(pid: int) -> int:
+    """Return a process's resident memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor_s(pid: int) -> float:
+    """Return the user and system time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class LocalTarget(Target):
+    """A cluster whose leader may be killed, since it is ours."""
+
+    def __init__(self, cluster: harness.Cluster, timeout_s: float) -> None:
+        super().__init__([node.api for node in cluster.nodes], timeout_s, False, True)
+        self._cluster = cluster
+
+    async def depose(self) -> None:
+        """Kill -9 the leader; another leads, and the killed member is back, when this returns."""
+        try:
+            await asyncio.to_thread(kill_leader, self._cluster)
+        except AssertionError as error:
+            raise CliError(f"after the leader was killed: {error}") from None
+
+    def leader_memory_bytes(self) -> int | None:
+        """Return the resident memory of the leader's process."""
+        process = self._cluster.leader().process
+        return resident_bytes(process.pid) if process is not None else None
+
+
+def kill_leader(cluster: harness.Cluster) -> None:
+    """Kill -9 the leader, wait for another, and start it again."""
+    leader = cluster.leader()
+    leader.kill()
+    cluster.leader()
+    leader.start()
+    cluster.wait_ready()
 
 
 @contextlib.contextmanager

@@ -1,13 +1,19 @@
 """Figures of the pure scheduler: placements a second, by number of nodes.
 
-Run: PYTHONPATH=. python bench/placement.py
+    .venv/bin/python bench/placement.py --rounds=5
+    .venv/bin/python bench/placement.py --shapes       # other loads, both strategies, printed
+
+A hundred thousand sandboxes wait, on 10, 100 and 1,000 nodes that are half full in the end.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import time
 
+from bench.part import Results, leave_on_signals, parser, run_rounds
+from prism_cli.bench.figures import Bar, Outcome, Round
 from prism_control.scheduler.core import Scheduler
 from prism_control.scheduler.placement import Strategy
 from prism_control.state import commands as c
@@ -15,6 +21,7 @@ from prism_control.state.machine import Machine
 from prism_control.state.model import Amounts, RuntimeRow, Spec
 
 WAITING = 100_000
+NODES = (10, 100, 1000)
 
 
 def cluster(nodes: int, waiting: int, *, fill: float, shapes: int) -> Machine:
@@ -73,7 +80,25 @@ def committed(machine: Machine) -> None:
     print(f"  with commits: decide {placed / spent:,.0f}/s, observe {placed / observed:,.0f}/s")
 
 
-def main() -> None:
+def default_load(waiting: int) -> Round:
+    """Return placements a second for each number of nodes, and how much they differ."""
+    rates = {}
+    for nodes in NODES:
+        machine = cluster(nodes, waiting, fill=0.5, shapes=1)
+        placed, spent = drain(machine, next(iter(Strategy)))
+        if placed != waiting:
+            raise AssertionError(f"{placed} of {waiting} were placed on {nodes} nodes")
+        rates[nodes] = placed / spent
+    return Round(
+        {
+            **{f"placed_on_{nodes}_nodes_per_s": rate for nodes, rate in rates.items()},
+            "fastest_by_slowest": max(rates.values()) / min(rates.values()),
+        }
+    )
+
+
+def print_shapes() -> None:
+    """Print other loads: nodes that fill up, many shapes, both strategies, and commits observed."""
     for fill, shapes, what in (
         (0.5, 1, "half full at the end, one shape"),
         (0.999, 1, "full at the end, one shape"),
@@ -82,7 +107,7 @@ def main() -> None:
     ):
         for strategy in Strategy:
             print(f"{what}, {strategy.value}:")
-            for nodes in (10, 100, 1000):
+            for nodes in NODES:
                 machine = cluster(nodes, WAITING, fill=fill, shapes=shapes)
                 placed, spent = drain(machine, strategy)
                 print(f"  {nodes} nodes: {placed} placed, {placed / spent:,.0f}/s")
@@ -92,5 +117,24 @@ def main() -> None:
     print(f"  spread over 1,000 nodes: min {min(used)}, max {max(used)} sandboxes a node")
 
 
+def main() -> int:
+    """Measure and print."""
+    flags = parser(__doc__ or "")
+    flags.add_argument("--shapes", action="store_true", help="print other loads instead")
+    arguments = flags.parse_args()
+    leave_on_signals()
+    if arguments.shapes:
+        print_shapes()
+        return 0
+    waiting = 10_000 if arguments.quick else WAITING
+    outcome = Outcome(
+        "placement", f"the scheduler alone: {waiting:,} that wait",
+        (Bar("placed_on_1000_nodes_per_s", "at least", 20_000),
+         Bar("fastest_by_slowest", "at most", 2)),
+    )  # fmt: skip
+    results = Results(arguments, (outcome,))
+    return run_rounds(results, arguments.rounds, [(outcome, lambda: default_load(waiting))])
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

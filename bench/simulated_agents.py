@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import signal
-import sys
 import tempfile
 from pathlib import Path
 
@@ -37,6 +37,9 @@ CAPACITY = node_pb2.ResourceAmounts(
     cpu_millicores=SLOTS * 100, memory_bytes=SLOTS * (64 << 20), disk_bytes=SLOTS * (8 << 20),
     slots=SLOTS,
 )  # fmt: skip
+#: Agents without a session at once: more in one process are all too slow to be welcomed in time.
+JOINING_MAX = 100
+JOINING_PAUSE_S = 0.02
 #: Where nobody listens (the discard port): what dials it fails at once.
 NOBODY = "127.0.0.1:9"
 
@@ -78,6 +81,15 @@ class SimulatedAgent:
         return node_pb2.ResourceAmounts(), 0.0
 
 
+async def room_to_join(started: list[SimulatedAgent], stop: asyncio.Event) -> None:
+    """Wait until few enough of those that run have no session, or all are to stop."""
+    while sum(not agent.session.connected_to for agent in started) >= JOINING_MAX:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(JOINING_PAUSE_S):
+                await stop.wait()
+                return
+
+
 async def run(count: int, control: list[str], directory: Path, prefix: str) -> None:
     """Run so many until SIGTERM or SIGINT."""
     stop = asyncio.Event()
@@ -88,7 +100,10 @@ async def run(count: int, control: list[str], directory: Path, prefix: str) -> N
         for index in range(count)
     ]
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(agent.run()) for agent in agents]
+        tasks: list[asyncio.Task[None]] = []
+        for agent in agents:
+            await room_to_join(agents[: len(tasks)], stop)
+            tasks.append(group.create_task(agent.run()))
         await stop.wait()
         for task in tasks:
             task.cancel()
@@ -119,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

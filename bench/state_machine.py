@@ -5,13 +5,14 @@ Run: PYTHONPATH=. python bench/state_machine.py [ROWS]
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import statistics
 import sys
 import time
 import uuid
 
-from prism_common.errors import NotFoundError
+from prism_common.errors import AmbiguousError, NotFoundError
 from prism_control.state import commands as c
 from prism_control.state.machine import Machine
 from prism_control.state.model import Amounts, ObservedState, RuntimeRow, Spec
@@ -107,11 +108,14 @@ def main() -> None:
         machine.list_page(NODES + k * (rows // 200), 50)
         samples.append(time.perf_counter() - begin_s)
     timed("list_page of 50", samples)
-    begin_s = time.perf_counter()
-    try:
-        machine.find_sandbox("zzz")
-    except NotFoundError as error:
-        print(f"prefix scan: {(time.perf_counter() - begin_s) * 1e3:.1f} ms ({error})")
+    samples = []
+    for k in range(2 * rows // 4096 + 50):
+        begin_s = time.perf_counter()
+        with contextlib.suppress(NotFoundError, AmbiguousError):
+            machine.find_sandbox(("zzz", "sb", ids[k][:-1])[k % 3])
+        samples.append(time.perf_counter() - begin_s)
+    timed("lookup by a prefix, the first ones, which sort", samples[:-50])
+    timed("lookup by a prefix, later", samples[-50:])
     begin_s = time.perf_counter()
     machine.apply(index + 1, c.Proposal(1, 10**7, (c.LoseNode("n1", "i", 5),)))
     print(f"LoseNode with {rows // NODES}: {(time.perf_counter() - begin_s) * 1e3:.1f} ms")

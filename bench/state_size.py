@@ -1,17 +1,14 @@
 """One hundred thousand sandboxes in the state: memory, restart, and the pause of a snapshot.
 
-    .venv/bin/python bench/state_size.py --sandboxes=100000
+    .venv/bin/python bench/state_size.py --rounds=5 --sandboxes=100000
 
 One control node without agents, so that all of them wait. The pause is what a client sees: it reads
 one row, stale, again and again, while the node takes snapshots; the longest answer less the median
 is how long the loop was held up at worst.
 """
 
-import argparse
-import json
-import os
-import re
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +18,9 @@ from pathlib import Path
 import grpc
 from prism.sandbox.v1 import sandbox_pb2, sandbox_pb2_grpc
 
+from bench.local import resident_bytes
+from bench.part import Results, leave_on_signals, parser, run_rounds
+from prism_cli.bench.figures import Bar, Outcome, Round, percentile
 from tests.integration.harness import ControlNode
 
 BATCH = 1000
@@ -43,13 +43,10 @@ def fill(node: ControlNode, count: int) -> None:
             raise SystemExit("a create failed")
 
 
-def memory_mib(node: ControlNode) -> float:
+def memory_mb(node: ControlNode) -> float:
     """Return the process's resident memory."""
     assert node.process is not None
-    status = Path(f"/proc/{node.process.pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    assert found
-    return int(found[1]) / 1024
+    return resident_bytes(node.process.pid) / 1e6
 
 
 class Reader:
@@ -80,7 +77,7 @@ class Reader:
                 self.calls.append((begun, time.perf_counter() - begun))
 
 
-def snapshot_pauses(node: ControlNode) -> dict[str, object]:
+def snapshot_pauses(node: ControlNode) -> dict[str, float]:
     """Have it take snapshots; return what a reader saw meanwhile."""
     reader = Reader(node)
     try:
@@ -96,11 +93,10 @@ def snapshot_pauses(node: ControlNode) -> dict[str, object]:
     busy = sorted(took for _, took in reader.calls[quiet:])
     median = statistics.median(calm)
     return {
-        "snapshots": SNAPSHOTS,
-        "calm_p50_ms": round(median * 1e3, 2),
-        "calm_max_ms": round(max(calm) * 1e3, 2),
-        "pause_p99_ms": round((busy[int(len(busy) * 0.99)] - median) * 1e3, 2),
-        "pause_max_ms": round((busy[-1] - median) * 1e3, 2),
+        "calm_p50_ms": median * 1e3,
+        "calm_max_ms": max(calm) * 1e3,
+        "pause_p99_ms": (percentile(busy, 0.99) - median) * 1e3,
+        "pause_max_ms": (busy[-1] - median) * 1e3,
     }
 
 
@@ -110,44 +106,49 @@ def newest(node: ControlNode) -> str:
     return names[-1] if names else ""
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sandboxes", type=int, default=100_000)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    figures: dict[str, object] = {"sandboxes": arguments.sandboxes}
+def measure(count: int) -> Round:
+    """Fill a control node, have it take snapshots, and start it again twice."""
     with tempfile.TemporaryDirectory() as directory:
         node = ControlNode(
             Path(directory), "n1", ["--bootstrap", f"--snapshot-entries={SNAPSHOT_ENTRIES}"]
         )
         try:
             node.start().wait_ready()
-            figures["empty_mib"] = round(memory_mib(node))
+            figures = {"sandboxes": float(count), "empty_mb": memory_mb(node)}
             started = time.monotonic()
-            fill(node, arguments.sandboxes)
-            figures["created_s"] = round(arguments.sandboxes / (time.monotonic() - started))
+            fill(node, count)
+            figures["created_per_s"] = count / (time.monotonic() - started)
             time.sleep(SETTLE_S)
-            figures["memory_mib"] = round(memory_mib(node))
+            figures["memory_mb"] = memory_mb(node)
             figures |= snapshot_pauses(node)
-            figures["memory_after_snapshots_mib"] = round(memory_mib(node))
-            figures["snapshot_mib"] = round(node.metric("prism_raft_snapshot_bytes") / 2**20, 1)
-            for how in ("stopped", "killed"):
-                if how == "stopped":
-                    node.stop()
-                else:
-                    node.kill()
+            figures["memory_after_snapshots_mb"] = memory_mb(node)
+            figures["snapshot_mb"] = node.metric("prism_raft_snapshot_bytes") / 1e6
+            for how, end in (("stopped", node.stop), ("killed", node.kill)):
+                end()
                 started = time.monotonic()
                 node.start().wait_ready(60.0)
-                figures[f"restart_{how}_s"] = round(time.monotonic() - started, 2)
-            figures["memory_restarted_mib"] = round(memory_mib(node))
+                figures[f"restart_{how}_s"] = time.monotonic() - started
+            figures["memory_restarted_mb"] = memory_mb(node)
+            return Round(figures)
         finally:
             node.close()
-    print(f"load average {os.getloadavg()[0]:.2f}, {os.cpu_count()} cores")
-    print(json.dumps(figures, indent=2))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def main() -> int:
+    """Measure and print."""
+    flags = parser(__doc__ or "")
+    flags.add_argument("--sandboxes", type=int, default=100_000)
+    arguments = flags.parse_args()
+    leave_on_signals()
+    count = 10_000 if arguments.quick else arguments.sandboxes
+    outcome = Outcome(
+        "state-size", f"{count:,} sandboxes on one control node: memory, restart, snapshots",
+        (Bar("memory_mb", "at most", 250), Bar("pause_max_ms", "at most", 20),
+         Bar("restart_stopped_s", "at most", 3), Bar("restart_killed_s", "at most", 3)),
+    )  # fmt: skip
+    results = Results(arguments, (outcome,))
+    return run_rounds(results, arguments.rounds, [(outcome, lambda: measure(count))])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

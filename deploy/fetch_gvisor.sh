@@ -1,15 +1,17 @@
 #!/bin/sh
 # Fetches gVisor's runsc, statically linked, from Debian 13 (trixie) into a directory of Prism's own:
 # Debian 12's runsc is of 2022, and breaks coreutils inside sandboxes (it has no statx).
-# The agent does not use it yet. Asks the mirror that apt uses already, and takes only what Debian's own keys have signed. Neither
-# apt's sources nor its lists nor any package of the machine changes. `make up` does not need it.
+# prism-agent looks there by itself. Asks the mirror that apt uses already, and takes only what
+# Debian's own keys have signed. Neither apt's sources nor its lists nor any package of the machine
+# changes. `make up` does not need it.
 set -eu
 
 usage() {
   cat <<'USAGE'
 Usage: deploy/fetch_gvisor.sh [DIRECTORY]
 
-Puts runsc into DIRECTORY: /usr/local/lib/prism as root, ~/.local/lib/prism otherwise.
+Puts runsc into DIRECTORY: /usr/local/lib/prism as root, ~/.local/lib/prism otherwise. prism-agent
+finds it there; elsewhere, set PRISM_RUNSC to it, or put it on PATH.
 Does nothing where a runsc that is new enough is there already.
 
 Examples:

@@ -55,3 +55,48 @@ def test_unknown_workload_is_named(cluster: harness.Cluster) -> None:
     done = bench(cluster.leader().api, "bursts")
     assert done.returncode == 2
     assert "'bursts' is none; see prismctl bench list" in done.stderr
+
+
+def test_what_was_acknowledged_is_compared_under_another_leader(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    with running(agents=3, members=3) as (cluster, _):
+        first = cluster.leader()
+        done = bench(cluster.followers()[0].api, "burst-1k", "--count=50", f"--json={file}")
+        assert done.returncode == 0, done.stderr
+        (workload,) = json.loads(file.read_text())["workloads"]
+        assert workload["rounds"][0]["figures"]["sandboxes"] == 50
+        assert workload["rounds"][0]["figures"]["lost"] == 0
+        assert cluster.leader() is not first
+        kept = bench(cluster.leader().api, "sequential", "--count=5", "--keep-leader")
+        second = cluster.leader()
+        assert kept.returncode == 0, kept.stderr
+        assert second is cluster.leader()
+
+
+def test_a_json_file_that_cannot_be_written_is_said_before_the_load(
+    cluster: harness.Cluster,
+) -> None:
+    done = bench(cluster.leader().api, "sequential", "--count=5", "--json=/nowhere/result.json")
+    assert done.returncode == 1
+    assert "--json: /nowhere/result.json: No such file or directory" in done.stderr
+    assert "round 1" not in done.stderr
+
+
+def test_several_processes_share_a_load_and_nothing_of_it_is_lost(
+    cluster: harness.Cluster, tmp_path: Path
+) -> None:
+    file = tmp_path / "result.json"
+    done = bench(
+        cluster.leader().api, "burst-1k", "open-200", "--count=101", "--seconds=0.5",
+        "--processes=3", f"--json={file}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    burst, steady = (
+        one["rounds"][0]["figures"] for one in json.loads(file.read_text())["workloads"]
+    )
+    assert burst["sandboxes"] == 101
+    assert steady["sandboxes"] == 100
+    assert steady["offered_per_s"] == 200
+    for figures in (burst, steady):
+        assert figures["lost"] == figures["duplicated"] == figures["failures"] == 0
+    assert cluster.leader().list_all() == []

@@ -1,17 +1,21 @@
 """The arithmetic of the benchmark."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from prism_cli.bench.figures import Bar, Round, latencies_ms, percentile, summaries
-from prism_cli.bench.report import Outcome, buckets, markdown, rows
+from prism_cli.bench.figures import Bar, Outcome, Round, latencies_ms, percentile, summaries
+from prism_cli.bench.report import as_data, buckets, from_data, markdown, rows, write_json
 from prism_cli.bench.target import commit_figures
-from prism_cli.bench.workloads import CONTROL, Workload
+from prism_cli.bench.workloads import CONTROL
+from prism_cli.errors import CliError
 
 BURST = next(each for each in CONTROL if each.name == "burst-1k")
 
 
 def outcome(*rounds: Round) -> Outcome:
-    return Outcome(Workload("w", "", BURST.run, BURST.bars), rounds)
+    return Outcome("w", "what it does", BURST.bars, list(rounds))
 
 
 def test_percentile_is_the_least_value_that_covers_the_fraction() -> None:
@@ -60,7 +64,7 @@ def test_a_busy_load_makes_the_run_invalid_rather_than_missed() -> None:
 
 
 def test_skipped_says_why() -> None:
-    text = markdown({}, [Outcome(BURST, skipped="no agents")])
+    text = markdown({}, [Outcome("burst-1k", "", skipped="no agents")])
     assert "| burst-1k |  |  |  | skipped: no agents |" in text
 
 
@@ -77,3 +81,40 @@ def test_buckets_count_each_success_once() -> None:
     assert points[-1][0] == pytest.approx(6.0)
     assert points[-1][2] == pytest.approx(30)
     assert buckets([]) == []
+
+
+def test_what_broke_off_is_a_failure_and_keeps_its_earlier_rounds() -> None:
+    one = outcome(Round({"ready_per_s": 10}))
+    one.error = "UNAVAILABLE: no leader"
+    text = markdown({}, [one])
+    assert one.failed
+    assert "failed: UNAVAILABLE: no leader" in text
+    assert "| ready_per_s | 10 |" in text
+
+
+def test_json_gives_the_same_table_back(tmp_path: Path) -> None:
+    first = outcome(Round({"ready_per_s": 10, "lost": 0}, {"QUEUE_FULL": 3}, client_cpu=0.5))
+    outcomes = [first, Outcome("other", "", skipped="no agents"), Outcome("broken", "", error="x")]
+    file = tmp_path / "result.json"
+    write_json(file, {"processor": "p"}, outcomes)
+    machine, found = from_data(json.loads(file.read_text()))
+    assert markdown(machine, found) == markdown({"processor": "p"}, outcomes)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("data", [{}, {"machine": {}}, {"machine": {}, "workloads": [{}]}])
+def test_json_of_something_else_is_refused(data: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="not what a benchmark wrote"):
+        from_data(data)
+
+
+def test_json_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CliError, match=r"--json: .*No such file"):
+        write_json(tmp_path / "none" / "result.json", {}, [])
+
+
+def test_every_exact_figure_fails_a_run() -> None:
+    for name in ("lost", "duplicated", "double_runs", "leftovers"):
+        assert outcome(Round({name: 1})).failed
+        assert not outcome(Round({name: 0})).failed
+    assert as_data({}, [])["workloads"] == []
