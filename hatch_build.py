@@ -9,7 +9,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCES = ("supervisor.c", "output.c", "start.c", "launch.c")
+_SOURCES = ("supervisor.c", "output.c", "start.c", "launch.c", "socket.c", "named.c", "rate.c")
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-static")
 
 

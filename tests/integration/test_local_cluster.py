@@ -167,6 +167,39 @@ async def test_files_and_terminals_through_each_node(cluster: LocalCluster) -> N
     assert cluster.ctl(0, "sandbox", "rm", "-f", "files").returncode == 0
 
 
+def test_trees_are_copied_and_limits_change_through_each_node(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    made = cluster.ctl(0, "sandbox", "create", "--name", "copies", "--disk", "16Mi", "--wait")
+    assert made.returncode == 0, made.stderr
+    tree = tmp_path / "tree"
+    (tree / "a").mkdir(parents=True)
+    (tree / "a" / "data").write_bytes(os.urandom(3 << 20))
+    (tree / "run").write_bytes(b"#!/bin/sh\necho ran\n")
+    (tree / "run").chmod(0o755)
+    (tree / "link").symlink_to("a/data")
+    (tmp_path / "large").write_bytes(bytes(64 << 20))
+    for number in range(3):
+        up = cluster.ctl(number, "sandbox", "cp", str(tree), f"copies:{number}")
+        assert (up.returncode, up.stderr) == (0, "")
+        ran = cluster.ctl(number, "sandbox", "exec", "copies", "--", f"/workspace/{number}/run")
+        assert ran.stdout == "ran\n", ran.stderr
+        back = tmp_path / str(number)
+        down = cluster.ctl(number, "sandbox", "cp", f"copies:{number}", str(back))
+        assert (down.returncode, down.stderr) == (0, "")
+        assert (back / "a" / "data").read_bytes() == (tree / "a" / "data").read_bytes()
+        assert (back / "run").stat().st_mode == (tree / "run").stat().st_mode
+        assert os.readlink(back / "link") == "a/data"
+        full = cluster.ctl(number, "sandbox", "cp", str(tmp_path / "large"), "copies:")
+        assert full.returncode == 1
+        assert "no room is left in the sandbox" in full.stderr
+        updated = cluster.ctl(number, "sandbox", "update", "copies", "--cpu", f"{600 + number}m")
+        assert updated.returncode == 0, updated.stderr
+        top = cluster.ctl(number, "sandbox", "top", "copies")
+        assert (top.returncode, top.stdout.split()[10]) == (0, "copies"), top
+    assert cluster.ctl(0, "sandbox", "rm", "-f", "copies").returncode == 0
+
+
 def test_up_a_second_time_is_harmless(cluster: LocalCluster) -> None:
     before = [cluster.pid(name) for name in ("control1", "control2", "control3", "agent1")]
     again = cluster.command("up")

@@ -241,3 +241,22 @@ def test_nodes_with_news_are_named_in_the_order_of_the_changes():
     placements = [c.Placement(f"s-{node}", 1, node) for node in reversed(nodes)]
     driver.run(c.AssignSandboxes(tuple(placements)))
     assert dispatch.observe(driver.events) == nodes[::-1]
+
+
+def test_an_agent_is_told_of_new_limits_once_and_of_labels_never() -> None:
+    session = Session()
+    agent = session.open()
+    session.place("s1")
+    agent.complete()
+    session.report(ObservedState.READY, "s1")
+    assert agent.take() == []
+    assert session.run(c.UpdateSandbox("", b"", "s1", (("a", "b"),))) == []
+    for wish in (c.ResumeSandbox("", b"", "s1"), c.PauseSandbox("", b"", "s1")):
+        session.run(wish)
+        agent.take()
+        size = session.driver.sandbox().spec.memory_bytes * 2
+        assert session.run(c.UpdateSandbox("", b"", "s1", memory_bytes=size)) == ["n1"]
+        (told,) = agent.take()
+        assert told.spec is not None
+        assert told.spec.memory_bytes == size
+        assert agent.take() == []

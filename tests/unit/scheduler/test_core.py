@@ -460,3 +460,16 @@ def test_a_new_leader_goes_on_where_the_old_one_was():
     leader.check()
     assert len(leader.placed()) == 4
     assert leader.driver.machine.counts[SandboxState.SCHEDULED] == 6
+
+
+def test_room_that_new_limits_take_or_give_back_counts() -> None:
+    leader = Leader()
+    leader.run(register(capacity=Amounts(1000, 2048 * MIB, 4096 * MIB, 8)))
+    leader.run(create("s1"), create("s2", cpu_millicores=600))
+    assert leader.placed() == {"s1": "n1"}
+    leader.run(c.UpdateSandbox("", b"", "s1", cpu_millicores=400))
+    leader.check()
+    assert leader.placed() == {"s2": "n1"}
+    leader.run(create("s3", cpu_millicores=1))
+    leader.check()
+    assert leader.placed() == {}

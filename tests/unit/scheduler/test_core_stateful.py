@@ -153,6 +153,13 @@ class Scheduling(RuleBasedStateMachine):
         if rows:
             self._run(kind("", b"", data.draw(st.sampled_from(rows)).id))
 
+    @rule(data=st.data(), cpu_millicores=st.sampled_from([1, 500, 3000]))
+    def resize(self, data: st.DataObject, cpu_millicores: int) -> None:
+        rows = list(self.driver.machine.sandboxes())
+        if rows:
+            key = data.draw(st.sampled_from(rows)).id
+            self._run(c.UpdateSandbox("", b"", key, cpu_millicores=cpu_millicores))
+
     @rule()
     def change_leader(self) -> None:
         self._take_over()
