@@ -73,26 +73,14 @@ async def persist(stubs: Stubs, first: int, request: pb.CreateSandboxRequest) ->
     raise AssertionError("the loop ends by an answer or by the time")
 
 
-class Killing:
-    """Kills the leader once, in a thread, and starts it again."""
-
-    def __init__(self, cluster: harness.Cluster) -> None:
-        self._cluster = cluster
-        self.at = 0.0
-
-    async def kill(self) -> harness.ControlNode:
-        """Kill it now; return the node, which is to be started again."""
-        leader = await asyncio.to_thread(self._cluster.leader)
-        self.at = time.perf_counter()
-        leader.kill()
-        return leader
-
-    async def kill_and_restart(self) -> None:
-        """The same; it is back once another leads, so that two of three vote for it."""
-        leader = await self.kill()
-        await asyncio.to_thread(self._cluster.leader)
-        leader.start()
-        await asyncio.to_thread(self._cluster.wait_ready)
+async def kill_and_restart(cluster: harness.Cluster, leader: harness.ControlNode) -> float:
+    """Kill it; return when. It is back once another leads, so that two of three vote for that."""
+    killed = time.perf_counter()
+    leader.kill()
+    await asyncio.to_thread(cluster.leader)
+    leader.start()
+    await asyncio.to_thread(cluster.wait_ready)
+    return killed
 
 
 def longest_gap_s(successes: Sequence[float]) -> float:
@@ -105,7 +93,7 @@ async def open_loop(
     target: LocalTarget, cluster: harness.Cluster, rate: int, seconds: float
 ) -> Round:
     """Offer creates at a rate; kill the leader after a while."""
-    stubs, killing, tally = await open_stubs(target, cluster), Killing(cluster), Tally()
+    stubs, tally = await open_stubs(target, cluster), Tally()
     given_up = 0
 
     async def one(number: int, due: float) -> None:
@@ -125,11 +113,11 @@ async def open_loop(
     async with asyncio.TaskGroup() as group:
         group.create_task(offer(group))
         await asyncio.sleep(min(CALM_S, seconds / 3))
-        await killing.kill_and_restart()
+        leader = await asyncio.to_thread(cluster.leader)
+        killed = await kill_and_restart(cluster, leader) - tally.started
     cpu = tally.client_cpu()
     done = sorted(at for at, _ in tally.timeline)
     gap_s = longest_gap_s(done)
-    killed = killing.at - tally.started
     lost, duplicated = await lost_and_duplicated(target, tally)
     await target.remove_run()
     figures = {
@@ -148,7 +136,7 @@ async def open_loop(
 
 async def burst(target: LocalTarget, cluster: harness.Cluster, count: int) -> Round:
     """Create many to the leader, kill it in their midst, and account for each."""
-    stubs, killing, tally = await open_stubs(target, cluster), Killing(cluster), Tally()
+    stubs, tally = await open_stubs(target, cluster), Tally()
     leader = await asyncio.to_thread(cluster.leader)
     current = cluster.nodes.index(leader)
     requests = [target.request("fake", ready=False) for _ in range(count)]
@@ -169,16 +157,17 @@ async def burst(target: LocalTarget, cluster: harness.Cluster, count: int) -> Ro
             tally.refused[error.code().name] += 1
             if asked == current:
                 current = (asked + 1) % len(stubs)
-            return
-        told[number] = made.id
-        tally.acknowledge(made, due)
-        if len(told) * 3 >= count:
+        else:
+            told[number] = made.id
+            tally.acknowledge(made, due)
+        # Failures count too: a cluster that refuses all must not be waited for.
+        if (len(told) + len(failed)) * 3 >= count:
             third.set()
 
     async with asyncio.TaskGroup() as group:
         group.create_task(each_of(range(count), IN_FLIGHT, one))
         await third.wait()
-        await killing.kill_and_restart()
+        await kill_and_restart(cluster, leader)
     cpu = tally.client_cpu()
     if not failed:
         raise CliError("the leader was killed too late: every create was acknowledged")

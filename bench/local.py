@@ -17,6 +17,9 @@ from prism_cli.bench.target import Target
 from prism_cli.errors import CliError
 from tests.integration import harness
 
+READY_TIMEOUT_S = 60.0
+#: Besides, for each simulated agent: they join one after the other.
+JOIN_TIMEOUT_S = 0.1
 STOP_TIMEOUT_S = 30.0
 
 
@@ -27,16 +30,20 @@ class SimulatedAgents:
         self.count = count
         self.prefix = prefix
         self._cluster = cluster
+        # Ours, so that it is removed also where they have to be killed. On tmpfs where there is
+        # one: a real node has a disk of its own, these would share one.
+        shared = Path("/dev/shm")
+        self._directory = tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None)
         self.process = subprocess.Popen(
             [
                 sys.executable, str(harness.ROOT / "bench" / "simulated_agents.py"),
                 f"--control={','.join(node.api for node in cluster.nodes)}",
-                f"--agents={count}", f"--prefix={prefix}",
+                f"--agents={count}", f"--prefix={prefix}", f"--data-dir={self._directory.name}",
             ],
             env=harness.environment(), stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Wait until the leader counts all of them as READY."""
 
         def ready() -> bool:
@@ -71,6 +78,7 @@ class SimulatedAgents:
                 self.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
+        self._directory.cleanup()
 
 
 def resident_bytes(pid: int) -> int:
@@ -123,7 +131,7 @@ def running(agents: int, members: int = 3) -> Iterator[tuple[harness.Cluster, Si
     ):
         simulated = SimulatedAgents(cluster, agents)
         try:
-            simulated.wait_ready()
+            simulated.wait_ready(READY_TIMEOUT_S + agents * JOIN_TIMEOUT_S)
             yield cluster, simulated
         finally:
             simulated.close()

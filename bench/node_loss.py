@@ -6,7 +6,8 @@ Three control nodes and two real agents, each agent in a network namespace of it
 this program makes for itself, so that nothing of it is left on the machine, whatever happens. Needs
 root and bubblewrap.
 
-`agent-killed`: SIGKILL of the agent, which nobody starts again. `node-cut`: its link goes down,
+`agent-restarted`: SIGKILL of the agent, which is started again at once, as a service manager would:
+its sandboxes must run on. `agent-killed`: nobody starts it again. `node-cut`: its link goes down,
 the agent lives. Every sandbox is to be placed again (on_node_loss RESCHEDULE). A double run is a
 sandbox whose supervisor is seen on both nodes at one moment; it is looked for ten times a second.
 """
@@ -93,6 +94,10 @@ class Agent:
     def node_id(self) -> str:
         """The id that its data directory keeps."""
         return str(json.loads((self.data / "node").read_text())["node_id"])
+
+    def supervisors(self) -> set[tuple[int, str]]:
+        """Return the pids and tags of its sandboxes' supervisors."""
+        return set(host.supervised(f"{self.node_id}/"))
 
     def start(self) -> None:
         """Start it, or start it again."""
@@ -218,6 +223,33 @@ def lose(site: Site, hurt: Callable[[Agent], None], mend: Callable[[Agent], None
     )
 
 
+def restart(site: Site) -> Round:
+    """Kill the agent that runs most, start it again, and see whether its sandboxes ran on."""
+    made = site.create()
+    site.agents.sort(key=lambda agent: len(site.running_on(agent)))
+    victim = site.agents[-1]
+    before, incarnation = victim.supervisors(), site.node(victim).incarnation
+    began = time.perf_counter()
+    victim.kill()
+    victim.start()
+
+    def back() -> bool:
+        node = site.node(victim)
+        return node.incarnation != incarnation and node.state == node_pb2.NODE_STATE_READY
+
+    harness.wait_for("the agent that was started again", back, LOSS_TIMEOUT_S)
+    back_s = time.perf_counter() - began
+    kept = before & victim.supervisors()
+    site.remove(made)
+    return Round(
+        {
+            "sandboxes": float(len({tag for _, tag in before})),
+            "back_s": back_s,
+            "lost": float(len({tag for _, tag in before} - {tag for _, tag in kept})),
+        }
+    )
+
+
 def _watch(
     site: Site, victim: Agent, other: Agent, moved: set[str], began: float
 ) -> tuple[dict[str, float], set[str]]:
@@ -277,13 +309,18 @@ def running() -> Iterator[Site]:
         yield site
 
 
-def outcomes() -> tuple[Outcome, Outcome]:
-    """Return the two, with what is promised of each."""
+def outcomes() -> tuple[Outcome, Outcome, Outcome]:
+    """Return the three, with what is promised of each."""
     bars = (
         Bar("suspect_s", "at most", 5), Bar("lost_s", "at most", TTL_S + 1),
         Bar("double_runs", "at most", 0), Bar("double_runs_after_mending", "at most", 0),
     )  # fmt: skip
     return (
+        Outcome(
+            "agent-restarted",
+            "SIGKILL of an agent that is started again at once",
+            (Bar("lost", "at most", 0),),
+        ),
         Outcome("agent-killed", "SIGKILL of an agent that nobody starts again", bars),
         Outcome("node-cut", "a node's link goes down, its agent lives", bars),
     )
@@ -306,15 +343,16 @@ def main() -> int:
     if not reason and not arguments.inside:
         os.execvp("unshare", ("unshare", "--net", sys.executable, *sys.argv, INSIDE))
     leave_on_signals()
-    killed, cut = outcomes()
-    killed.skipped = cut.skipped = reason
-    results = Results(arguments, (killed, cut))
+    restarted, killed, cut = outcomes()
+    restarted.skipped = killed.skipped = cut.skipped = reason
+    results = Results(arguments, (restarted, killed, cut))
     if reason:
         return results.finish()
     with running() as site:
         return run_rounds(
             results, 1 if arguments.quick else arguments.rounds,
-            [(killed, lambda: lose(site, Agent.kill, Agent.start)),
+            [(restarted, lambda: restart(site)),
+             (killed, lambda: lose(site, Agent.kill, Agent.start)),
              (cut, lambda: lose(site, lambda agent: agent.set_link("down"),
                                 lambda agent: agent.set_link("up")))],
         )  # fmt: skip

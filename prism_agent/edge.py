@@ -65,6 +65,8 @@ class Edge:
         self.group: asyncio.TaskGroup | None = None
         self._reports = reports
         self._deadlines = Deadlines()
+        #: Monotonic; None: no leader has been heard by this process.
+        self._lease_until_s: float | None = None
         self._alarm: asyncio.TimerHandle | None = None
         # ── of this turn ──
         self._turn: asyncio.Handle | None = None
@@ -105,7 +107,13 @@ class Edge:
 
         def make_execs() -> Execs:
             directory = self.journal.directory(record.sandbox_id)
-            return Execs(directory, spec, lambda: self._usage(record), self.metrics)
+            return Execs(
+                directory,
+                spec,
+                lambda: self._usage(record),
+                lambda: self._lease_left_s(record),
+                self.metrics,
+            )
 
         hosted = self.hosted[record.sandbox_id] = Hosted(record, spec, make_execs)
         return hosted
@@ -113,6 +121,35 @@ class Edge:
     def _usage(self, record: Record) -> Usage:
         runtime = self.runtimes.get(record.runtime)
         return runtime.usage(record) if runtime else Usage()
+
+    # ── the lease ──
+
+    def renew_lease(self, until_s: float) -> None:
+        """Let what is placed again when its node is lost go on until this time.
+
+        Args:
+            until_s: Monotonic; when the agent ends it, if it is there to do so.
+        """
+        self._lease_until_s = until_s
+        for hosted in self.hosted.values():
+            if hosted.record.reschedules and hosted.running is not None:
+                self.extend_lease(hosted)
+
+    def extend_lease(self, hosted: Hosted) -> None:
+        """Tell a sandbox's supervisor for how long it may go on without its agent.
+
+        What is frozen is not told: nothing of it runs, and it could not read what it is told.
+        """
+        left_s = self._lease_left_s(hosted.record)
+        if left_s is not None and hosted.record.phase not in (Phase.PAUSING, Phase.PAUSED):
+            hosted.execs.set_lease(left_s)
+
+    def _lease_left_s(self, record: Record) -> float | None:
+        if not record.reschedules or self._lease_until_s is None:
+            return None
+        # It is the agent that ends it, with a reason, if there is one.
+        left_s = self._lease_until_s - time.monotonic() + limits.LEASE_GRACE_S
+        return max(left_s, limits.LEASE_GRACE_S)
 
     def drop(self, sandbox_id: str) -> None:
         """Hold it no more, and forget it: nothing of it is left."""

@@ -46,6 +46,7 @@ class Execs:
         directory: The sandbox's directory on the host; execs are kept below it.
         spec: The sandbox's; its env is every exec's.
         usage: Measures the sandbox.
+        lease_left_s: Says for how long it may go on without its agent; None: for ever.
         metrics: Counts.
     """
 
@@ -54,12 +55,14 @@ class Execs:
         directory: Path,
         spec: sandbox_pb2.SandboxSpec,
         usage: Callable[[], Usage],
+        lease_left_s: Callable[[], float | None],
         metrics: AgentMetrics,
     ) -> None:
         self.directory = directory / "execs"
         self._spec = spec
         self._usage = usage
         self._metrics = metrics
+        self._lease_left_s = lease_left_s
         self._client: SupervisorClient | None = None
         #: What execs come in where no descriptor can be passed.
         self._shared: SharedFiles | None = None
@@ -128,6 +131,9 @@ class Execs:
             client.send(
                 Message(Request.LIMITS, 0, bounds.open_files_max, bounds.output_bytes_per_second)
             )
+        left_s = self._lease_left_s()
+        if left_s is not None:
+            self.set_lease(left_s)
         for each in list(self._numbers.values()):
             self._take_over(each)
 
@@ -184,6 +190,17 @@ class Execs:
                 self._metrics.execs.labels("lost").inc()
             each.notify()
         self._notify()
+
+    def set_lease(self, left_s: float) -> None:
+        """Have the supervisor end all after so many seconds, unless told anew; 0: never.
+
+        For a sandbox that is placed again when its node is lost. It ends in time even if this
+        process was killed and nobody starts it again. An older supervisor is not told.
+        """
+        client = self._client
+        if client is not None and client.version >= protocol.VERSION_LEASE:
+            left_s = min(left_s, protocol.LEASE_S_MAX)
+            self._send(Message(Request.LEASE, 0, int(left_s * 1e9)))
 
     def terminate(self) -> bool:
         """Send SIGTERM to every process; False: there is nobody to ask."""

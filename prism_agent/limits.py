@@ -36,6 +36,9 @@ REPORT_LINGER_MAX_S: Final = 0.02
 REPORT_PASSING_S: Final = 0.02
 #: Between two attempts to have the disk keep what was written.
 SYNC_RETRY_S: Final = 1.0
+#: A sandbox whose lease no agent has extended ends by itself so long after the agent would have ended
+#: it. The leader waits for a tenth of the lease and 2 s more before it runs elsewhere.
+LEASE_GRACE_S: Final = 1.0
 #: Between two attempts to reach a supervisor whose connection broke.
 RECONNECT_S: Final = 0.05
 #: File calls under way in one sandbox; each has a thread of its own.
@@ -45,7 +48,7 @@ FILE_CALLS_NODE_MAX: Final = 128
 #: Connections to ports of one sandbox.
 FORWARDS_MAX: Final = 256
 #: The same of all sandboxes of the node; each may hold some 500 KiB of what was not taken yet.
-FORWARDS_NODE_MAX: Final = 2048
+FORWARDS_NODE_MAX: Final = 1024
 #: Of what a sandbox has sent, held for one connection; the kernel holds the rest.
 FORWARD_BYTES: Final = 128 * 1024
 #: On loopback a connection is made at once, unless the listener's queue is full.

@@ -168,7 +168,8 @@ def _on_exit(text: str) -> Literal["keep", "delete"]:
     type=click.Choice(["auto", "bubblewrap", "gvisor", "fake"]),
     default="auto",
     show_default=True,
-    help="How to isolate; auto never takes fake, which runs nothing.",
+    help="How to isolate. auto: bubblewrap, and gvisor for sandboxes that ask for it, where they "
+    "work; never fake, which runs nothing.",
 )
 @click.option("--label", multiple=True, metavar="K=V", help="Label of this node; repeatable.")
 @click.option("--slots", type=int, default=None, help="Sandboxes at once.  [default: measured]")

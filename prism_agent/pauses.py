@@ -39,6 +39,8 @@ class Pauses:
                 await self._reach(hosted)
                 edge.perform(edge.reconciler.pause_failed(record.sandbox_id, failure))
             else:
+                # It reads that when it is thawed: what is frozen runs nowhere, however long.
+                hosted.execs.set_lease(0)
                 edge.perform(edge.reconciler.paused(record.sandbox_id))
 
     async def _resume(self, hosted: Hosted) -> None:
@@ -51,6 +53,7 @@ class Pauses:
                 edge.perform(edge.reconciler.resume_failed(record.sandbox_id, failure))
                 return
             await self._reach(hosted)
+            edge.extend_lease(hosted)
             hosted.execs.touch()
             edge.perform(edge.reconciler.resumed(record.sandbox_id))
 

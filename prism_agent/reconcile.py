@@ -237,7 +237,8 @@ class Reconciler:
                 return [Report(sandbox.sandbox_id)]
             case Phase.STOPPING:
                 return self._hurry(sandbox, sandbox.wanted.grace_s)
-            case Phase.STOPPED:
+            case Phase.STOPPED | Phase.FAILED:
+                # One that failed before it started was reported with no start, or an earlier one.
                 return [Report(sandbox.sandbox_id)]
             case _:
                 return []

@@ -163,6 +163,10 @@ class Sandboxes:
         """Fence: stop what may run elsewhere by now."""
         self.perform(self.reconciler.lease_expired())
 
+    def renew_lease(self, until_s: float) -> None:
+        """The leader counts this node as alive until then, monotonic time."""
+        self._edge.renew_lease(until_s)
+
     def reports(self) -> list[agent_pb2.SandboxReport]:
         """Return a report of every sandbox, for a registration."""
         return [self._edge.report_of(each) for each in self.reconciler.sandboxes.values()]

@@ -70,6 +70,8 @@ class Agent:
         self._stop = asyncio.Event()
         self._failure = ""
         self.listening: Address | None = None
+        #: Its own is removed at the end, also of one that could not start, if no sandbox is left.
+        self._groups: cgroups.Cgroups | None = None
         self.session: Session | None = None
 
     def stop(self) -> None:
@@ -105,6 +107,8 @@ class Agent:
                 await self._build(data, registry, server, pages)
             finally:
                 pages.stop()
+                if self._groups is not None:
+                    self._groups.close()
         finally:
             await server.stop(0)
 
@@ -119,6 +123,7 @@ class Agent:
         settings = self._settings
         node_id = data.state.node_id
         groups, cgroup_problem = cgroups.find_on_this_machine(node_id)
+        self._groups = groups
         journal = Journal(data.sandboxes)
         networks = Networks(node_id, journal, Resolvers(settings.dns_servers))
         warm = probe.make_warm(data, journal, groups)
@@ -165,8 +170,6 @@ class Agent:
         await self._serve(server, pages, sandboxes, identity, networks, filling)
         for runtime in found.known.values():
             await runtime.close()
-        if groups is not None:
-            groups.close()
         journal.close()
 
     async def _serve(

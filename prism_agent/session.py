@@ -326,6 +326,7 @@ class Session:
             return
         self._lease_until_s = max(sent_s + self._lease_s, self._lease_until_s or 0.0)
         self._fenced = False
+        self._sandboxes.renew_lease(self._lease_until_s)
         self._data.state.lease_until_s = time.time() + (self._lease_until_s - time.monotonic())
         try:
             self._data.save(durable=False)

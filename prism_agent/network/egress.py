@@ -88,7 +88,9 @@ class Networks:
         self._open: dict[str, _Open] = {}
         #: Held while rules are put back, so that none are of what was removed meanwhile.
         self._restoring = threading.Lock()
-        self.status = node_pb2.EgressStatus(ready=False, message="it was not tried")
+        self.status = node_pb2.EgressStatus(
+            ready=False, message="it was not tried: its agent runs nothing"
+        )
 
     # ── probe ──
 
@@ -322,5 +324,8 @@ def _problem() -> str:
     if packages:
         return f"not installed (Debian: apt install {' '.join(packages)})"
     if not devices.forwards():
-        return "this machine passes no packets on (sysctl -w net.ipv4.ip_forward=1)"
+        return (
+            "this machine passes no packets on (sysctl -w net.ipv4.ip_forward=1, and start the "
+            "agent again)"
+        )
     return ""

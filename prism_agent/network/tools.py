@@ -1,6 +1,7 @@
 """The system's own tools for devices and rules, told what to do on their standard input."""
 
 import json
+import os
 import shutil
 import subprocess
 from typing import Any, Final
@@ -20,7 +21,12 @@ class ToolError(OSError):
 def missing() -> list[str]:
     """Return the Debian packages that are not installed."""
     packages = {"ip": "iproute2", "nft": "nftables", "nsenter": "util-linux"}
-    return [package for program, package in packages.items() if shutil.which(program) is None]
+    return [package for program, package in packages.items() if _find(program) is None]
+
+
+def _find(program: str) -> str | None:
+    """Return where a program is: those of the system are often not on PATH, also for root."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin:/usr/bin:/bin")
 
 
 def ip(lines: str) -> None:
@@ -65,7 +71,7 @@ def sets(table: str) -> list[str]:
 def _run(arguments: list[str], text: str) -> str:
     try:
         done = subprocess.run(  # noqa: S603
-            arguments,
+            [_find(arguments[0]) or arguments[0], *arguments[1:]],
             input=text,
             capture_output=True,
             text=True,

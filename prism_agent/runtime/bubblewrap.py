@@ -30,10 +30,9 @@ from prism_agent.runtime import host, image
 from prism_agent.runtime.base import Probe, Process, Running, StartError, Usage
 from prism_agent.runtime.mount_namespace import MountNamespace
 from prism_agent.runtime.shape import (
-    HOSTNAME,
-    HOSTS,
     cgroup_limits,
     limits_of,
+    names,
     small_bytes,
     workspace_bytes,
     write_names,
@@ -164,16 +163,18 @@ class BubblewrapRuntime:
         self._plan(record)
         # What is made from here on can be found again by this record.
         self._journal.save(record)
-        return await self._start(record, asked)
+        return await self._start(record, asked, renamable=False)
 
     async def prepare(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> Running:
         """Start one that the journal does not know: an agent that is killed leaves it to a sweep.
+
+        What its files in /etc say of its name can be written afterwards (`write_names`).
 
         Raises:
             StartError: It does not run; something of it may be left.
         """
         self._plan(record)
-        return await self._start(record, limits_of(spec))
+        return await self._start(record, limits_of(spec), renamable=True)
 
     def _plan(self, record: Record) -> None:
         if self._root and not record.uid:
@@ -182,9 +183,9 @@ class BubblewrapRuntime:
         record.mounted = self._root
         record.boot_id = boot_id()
 
-    async def _start(self, record: Record, asked: sandbox_pb2.Limits) -> Running:
+    async def _start(self, record: Record, asked: sandbox_pb2.Limits, renamable: bool) -> Running:
         try:
-            info, child = await asyncio.to_thread(self._make, record, asked)
+            info, child = await asyncio.to_thread(self._make, record, asked, renamable)
         except OSError as error:
             raise StartError(str(error)) from None
         self._children[self._tag(record)] = child
@@ -203,10 +204,13 @@ class BubblewrapRuntime:
                 return uid
         raise StartError(f"all {len(self._uids)} uids for sandboxes are in use")
 
-    def _make(self, record: Record, asked: sandbox_pb2.Limits) -> tuple[int, Child]:
+    def _make(
+        self, record: Record, asked: sandbox_pb2.Limits, renamable: bool
+    ) -> tuple[int, Child]:
         directory = self._journal.directory(record.sandbox_id)
         directory.mkdir(mode=0o700, exist_ok=True)
-        write_names(directory, record.name or record.sandbox_id)
+        if renamable:
+            write_names(directory, record.name)
         if self._cgroups is not None:
             self._cgroups.create(record.cgroup, cgroup_limits(asked))
         if self._root:
@@ -215,12 +219,16 @@ class BubblewrapRuntime:
             host.hold_tmpfs(workspace, workspace_bytes(asked), record.uid)
         descriptors = Descriptors()
         try:
-            return self._spawn(record, asked, descriptors)
+            return self._spawn(record, asked, descriptors, renamable)
         finally:
             descriptors.close()
 
     def _spawn(
-        self, record: Record, asked: sandbox_pb2.Limits, descriptors: Descriptors
+        self,
+        record: Record,
+        asked: sandbox_pb2.Limits,
+        descriptors: Descriptors,
+        renamable: bool,
     ) -> tuple[int, Child]:
         """Start bwrap; return the pipe that it tells its child's pid on."""
         directory = self._journal.directory(record.sandbox_id)
@@ -231,6 +239,7 @@ class BubblewrapRuntime:
         bwrap = [
             *(self._bwrap, "--info-fd", str(info_write)),
             *self._isolation(record, descriptors),
+            *self._names(record, descriptors, renamable),
             *self._files(record, asked, descriptors),
             *("--", _INSIDE, "supervise", str(listener), str(asked.open_files_max)),
             "0" if self._cgroups else str(asked.processes_max),
@@ -241,7 +250,7 @@ class BubblewrapRuntime:
             *namespace_arguments(record, directory),
             *(str(SUPERVISOR), "launch-in", str(namespace)),
             *(",".join(map(str, sorted(descriptors.numbers))), str(record.uid)),
-            *(str(_SUPERVISOR_FILES), str(len(procs)), *procs, *self._binds(record)),
+            *(str(_SUPERVISOR_FILES), str(len(procs)), *procs, *self._binds(record, renamable)),
             *("--", *bwrap),
         ]
         passed = [*descriptors.numbers, *([namespace] if namespace >= 0 else [])]
@@ -259,24 +268,25 @@ class BubblewrapRuntime:
     def _procs_files(self, record: Record) -> list[Path]:
         return list(self._cgroups.procs_files(record.cgroup)) if self._cgroups else []
 
-    def _sources(self, record: Record) -> dict[str, Path]:
+    def _sources(self, record: Record, renamable: bool) -> dict[str, Path]:
         """Return what of ours bwrap mounts, by name."""
         directory = self._journal.directory(record.sandbox_id)
         sources = {"etc": self._etc, "supervisor": SUPERVISOR}
-        sources |= {name: directory / name for name in (HOSTS, HOSTNAME)}
+        if renamable:
+            sources |= {name: directory / name for name in names("")}
         if self._root:
             sources["workspace"] = directory / "workspace"
         return sources
 
     def _staged(self, record: Record, name: str) -> str:
         """Return where bwrap finds one of them."""
-        return str(_STAGE / name if self._root else self._sources(record)[name])
+        return str(_STAGE / name if self._root else self._sources(record, False)[name])
 
-    def _binds(self, record: Record) -> list[str]:
+    def _binds(self, record: Record, renamable: bool) -> list[str]:
         """Return what the launcher is to show: nothing where bwrap runs as ourselves."""
         if not self._root:
             return ["0"]
-        sources = self._sources(record)
+        sources = self._sources(record, renamable)
         pairs = [text for name, path in sources.items() for text in (str(path), name)]
         return [str(len(sources)), *pairs]
 
@@ -291,19 +301,23 @@ class BubblewrapRuntime:
         for program in self._filters:
             yield from ("--add-seccomp-fd", str(descriptors.add_data(program)))
 
+    def _names(self, record: Record, descriptors: Descriptors, renamable: bool) -> Iterator[str]:
+        """Yield its /etc, and what is of its own there."""
+        yield from ("--ro-bind", self._staged(record, "etc"), "/etc")
+        texts = {"resolv.conf": resolver_configuration(record)}
+        for file, text in names(record.name or record.sandbox_id).items():
+            if renamable:
+                yield from ("--ro-bind", self._staged(record, file), f"/etc/{file}")
+            else:
+                texts[file] = text.encode()
+        for file, content in texts.items():
+            yield from ("--ro-bind-data", str(descriptors.add_data(content)), f"/etc/{file}")
+
     def _files(
         self, record: Record, asked: sandbox_pb2.Limits, descriptors: Descriptors
     ) -> Iterator[str]:
         """Yield what the sandbox sees."""
         yield from image.system_arguments()
-        yield from ("--ro-bind", self._staged(record, "etc"), "/etc")
-        for name in (HOSTS, HOSTNAME):
-            yield from ("--ro-bind", self._staged(record, name), f"/etc/{name}")
-        yield from (
-            "--ro-bind-data",
-            str(descriptors.add_data(resolver_configuration(record))),
-            "/etc/resolv.conf",
-        )
         yield from ("--proc", "/proc", "--dev", "/dev")
         small = str(small_bytes(asked))
         yield from ("--perms", "1777", "--size", small, "--tmpfs", "/dev/shm")  # noqa: S108
@@ -409,8 +423,6 @@ class BubblewrapRuntime:
         if record.mounted:
             host.unmount(directory / "workspace")
         for entry in list(directory.iterdir()) if directory.is_dir() else []:
-            if entry.name == "record":
-                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

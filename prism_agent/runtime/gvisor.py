@@ -165,17 +165,14 @@ class GvisorRuntime:
             )
         if not record.uid:
             record.uid = self._allocate_uid()
-        record.cgroup, record.mounted = record.sandbox_id, True
+        record.cgroup, record.mounted, record.boot_id = record.sandbox_id, True, boot_id()
         # What is made from here on can be found again by this record.
-        await asyncio.to_thread(self._make, record, asked)
+        self._journal.save(record)
         try:
-            async with asyncio.TaskGroup() as group:
-                # The record is on disk before the sandbox is called READY.
-                group.create_task(asyncio.to_thread(self._journal.sync, record.sandbox_id))
-                starting = group.create_task(self._start_first(record))
-        except* (StartError, OSError) as failed:
-            raise StartError("; ".join(str(each) for each in failed.exceptions)) from None
-        running = starting.result()
+            await asyncio.to_thread(self._make, record, asked)
+            running = await self._start_first(record)
+        except OSError as error:
+            raise StartError(str(error)) from None
         if running.process is not None:
             record.pid, record.pid_start_ticks = running.process.pid, running.process.start_ticks
         return running
@@ -189,8 +186,6 @@ class GvisorRuntime:
         raise StartError(f"all {len(self._uids)} uids for sandboxes are in use")
 
     def _make(self, record: Record, asked: sandbox_pb2.Limits) -> None:
-        record.boot_id = boot_id()
-        self._journal.save(record)
         directory = self._journal.directory(record.sandbox_id)
         if self._cgroups is not None:
             self._cgroups.create(record.cgroup, _cgroup_limits(asked))
@@ -240,10 +235,9 @@ class GvisorRuntime:
                 running = self._find(record, self._read_pid(record))
                 if running is None:
                     raise StartError(f"it ended at once: {self.explain(record)}")
-                await self._listening(record, running)
+                return await self._listening(record, running)
         except TimeoutError:
             raise StartError(f"runsc did not start it in time: {self.explain(record)}") from None
-        return running
 
     def _spawn(self, record: Record) -> "subprocess.Popen[bytes]":
         procs = [str(path) for path in self._procs_files(record)]
@@ -283,13 +277,18 @@ class GvisorRuntime:
         except (OSError, ValueError):
             raise StartError(f"runsc did not say what it started: {self.explain(record)}") from None
 
-    async def _listening(self, record: Record, running: Running) -> None:
-        """Return once the supervisor's socket has its name: then it listens."""
+    async def _listening(self, record: Record, running: Running) -> Running:
+        """Return it once the supervisor's socket has its name: then it listens."""
         control = self._shared(record) / "control"
-        while not control.exists():
-            if running.process is None or running.process.ended():
-                raise StartError(f"it ended at once: {self.explain(record)}")
-            await asyncio.sleep(_LOOK_S)
+        try:
+            while not control.exists():
+                if running.process is None or running.process.ended():
+                    raise StartError(f"it ended at once: {self.explain(record)}")
+                await asyncio.sleep(_LOOK_S)
+        except BaseException:
+            running.close()
+            raise
+        return running
 
     def _shared(self, record: Record) -> Path:
         return self._journal.directory(record.sandbox_id) / "shared"
@@ -373,6 +372,8 @@ class GvisorRuntime:
     def _kill(self, record: Record) -> None:
         if self._cgroups is not None and record.cgroup:
             self._cgroups.kill(record.cgroup)
+        # A stop keeps /workspace alone, as its next start does.
+        host.unmount(self._journal.directory(record.sandbox_id) / "small")
 
     def _reap(self) -> None:
         self._children = [child for child in self._children if child.poll() is None]
@@ -390,8 +391,6 @@ class GvisorRuntime:
         for name in ("workspace", "small"):
             host.unmount(directory / name)
         for entry in list(directory.iterdir()) if directory.is_dir() else []:
-            if entry.name == "record":
-                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -44,7 +44,7 @@ def find_runsc() -> Runsc:
             try:
                 return _check(path)
             except NoRunscError as refusal:
-                refusals.append(str(refusal))
+                refusals.append(f"{VARIABLE}: {refusal}" if named else str(refusal))
     if refusals:
         raise NoRunscError("; ".join(refusals))
     raise NoRunscError(f"runsc is not installed: {_HOW}")

@@ -1,9 +1,9 @@
 """The mount namespace that starts are made from: the host's, without what no sandbox needs.
 
 Each sandbox begins with a copy of a mount namespace. The host's own has a mount for every sandbox's
-files, so that copies of it would grow with each sandbox: the 500th start took four times the
-processor time of the first. It may also hold what other services mount, and copies would keep it
-from being unmounted.
+files, so that copies of it would grow with each sandbox: a start of 100 took 17 ms of processor
+time, and one of 500 took 26 ms. It may also hold what other services mount, and copies would keep
+that from being unmounted.
 """
 
 import os

@@ -9,7 +9,7 @@ from prism_agent.cgroups import CgroupLimits
 from prism_common import limits
 from prism_common.limits import MIB
 
-#: Shown inside as /etc/hosts and /etc/hostname. Files, so that they can be written afterwards.
+#: Shown inside as /etc/hosts and /etc/hostname.
 HOSTS: Final = "hosts"
 HOSTNAME: Final = "hostname"
 
@@ -36,10 +36,15 @@ def cgroup_limits(asked: sandbox_pb2.Limits) -> CgroupLimits:
     return CgroupLimits(asked.memory_bytes, asked.processes_max, asked.cpu_millicores)
 
 
+def names(name: str) -> dict[str, str]:
+    """Return what the files below /etc say that hold a sandbox's name."""
+    return {HOSTS: f"127.0.0.1 localhost {name}\n::1 localhost\n", HOSTNAME: f"{name}\n"}
+
+
 def write_names(directory: Path, name: str) -> None:
     """Write /etc/hosts and /etc/hostname of a sandbox, in place."""
-    (directory / HOSTS).write_text(f"127.0.0.1 localhost {name}\n::1 localhost\n")
-    (directory / HOSTNAME).write_text(f"{name}\n")
+    for file, text in names(name).items():
+        (directory / file).write_text(text)
 
 
 def workspace_bytes(asked: sandbox_pb2.Limits) -> int:

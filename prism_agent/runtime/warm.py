@@ -115,14 +115,15 @@ class WarmRuntime:
         try:
             while True:
                 self._changed.clear()
-                count = warm_policy.decide(self._view())
+                view = self._view()
+                count = warm_policy.decide(view)
                 if count > 0:
                     await self._add()
                 elif count < 0:
-                    for _ in range(-count):
-                        await self._discard(self._ready.popleft())
+                    # One at a time: a start may take another meanwhile.
+                    await self._discard(self._ready.popleft())
                 else:
-                    await self._wait()
+                    await self._wait(warm_policy.wait_s(view))
         finally:
             self._size = 0
 
@@ -136,12 +137,8 @@ class WarmRuntime:
             quiet_s=time.monotonic() - self._last_start_s,
         )
 
-    async def _wait(self) -> None:
-        """Return when another decision may be made: after a start, and now and then for slots."""
-        delay_s = _RETRY_S
-        if self._starts == 0 and len(self._ready) < self._size:
-            quiet_s = time.monotonic() - self._last_start_s
-            delay_s = max(0.001, warm_policy.QUIET_S - quiet_s) if quiet_s < 1.0 else 1.0
+    async def _wait(self, delay_s: float) -> None:
+        """Return after a start, or a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(delay_s):
                 await self._changed.wait()

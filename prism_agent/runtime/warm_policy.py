@@ -10,6 +10,8 @@ from prism.sandbox.v1 import sandbox_pb2
 MEMBER_BYTES: Final = 1 << 20
 #: So long no sandbox is started before the pool is filled: a start is followed by what it is for.
 QUIET_S: Final = 0.05
+#: Between two looks at the node's slots, of which nobody tells.
+LOOK_S: Final = 1.0
 
 
 def fits(spec: sandbox_pb2.SandboxSpec, is_first: bool, has_network: bool) -> bool:
@@ -49,11 +51,21 @@ class View:
 def decide(view: View) -> int:
     """Return how many to make (one at most) or, below 0, to remove now.
 
-    A prepared sandbox only ever takes a slot that is free, so a full node has none.
+    A prepared sandbox only ever takes a slot that is free, so a full node has none. While starts
+    are under way nothing is done: they may take what is there.
     """
+    if view.starts:
+        return 0
     wanted = max(0, min(view.size, view.free_slots))
     have = view.ready + view.making
     if have > wanted:
         return -min(view.ready, have - wanted)
-    may_make = view.starts == 0 and view.making == 0 and view.quiet_s >= QUIET_S
+    may_make = view.making == 0 and view.quiet_s >= QUIET_S
     return 1 if have < wanted and may_make else 0
+
+
+def wait_s(view: View) -> float:
+    """Return how long nothing is to be decided anew, unless a start ends before."""
+    if view.starts or view.quiet_s >= QUIET_S:
+        return LOOK_S
+    return QUIET_S - view.quiet_s

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define PRISM_MAGIC 0x314d5350u /* "PSM1" */
-#define PRISM_VERSION 4
+#define PRISM_VERSION 5
 
 /* Execs that run at once, or have run and are not yet forgotten by the agent. */
 #define EXECS_MAX 640
@@ -21,6 +21,7 @@
 #define RING_BYTES_MAX (1024 * 1024 * 1024)
 #define READ_BYTES (64 * 1024)
 #define OUTPUT_BYTES_PER_S_MAX (1ll << 34)
+#define LEASE_NS_MAX 86400000000000ll
 
 enum request_kind {
     REQUEST_HELLO = 1,       /* → HELLO, and an UPDATE for each exec known */
@@ -36,6 +37,8 @@ enum request_kind {
     REQUEST_RESIZE = 10,     /* exec with a terminal, rows, columns; since version 2 */
     REQUEST_LIMITS = 11,     /* open files of what is run from now on, 0: as it was; bytes a second of
                                 all output, 0: no bound; since version 4 */
+    REQUEST_LEASE = 12,      /* nanoseconds from now until all is killed, unless another comes before;
+                                0: never; since version 5 */
 };
 
 #define EXEC_STDIN 1

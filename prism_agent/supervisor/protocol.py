@@ -7,12 +7,15 @@ from typing import Final
 
 MAGIC: Final = 0x314D5350
 #: What is asked of supervisors. Those that an older agent has started are of an older version.
-VERSION: Final = 4
+VERSION: Final = 5
 VERSION_MIN: Final = 1
 #: The first that has terminals.
 VERSION_TERMINAL: Final = 2
 #: The first that takes limits.
 VERSION_LIMITS: Final = 4
+#: The first that ends when nobody extends its lease.
+VERSION_LEASE: Final = 5
+LEASE_S_MAX: Final = 86_400.0
 EXECS_MAX: Final = 640
 SPEC_BYTES_MAX: Final = 512 * 1024
 RING_HEADER_BYTES: Final = 4096
@@ -40,6 +43,7 @@ class Request(IntEnum):
     TERMINATE = 9
     RESIZE = 10
     LIMITS = 11
+    LEASE = 12
 
 
 class Event(IntEnum):

@@ -36,6 +36,9 @@
 struct exec execs[EXECS_MAX];
 static int epoll_fd, listen_fd, signal_fd, connection_fd = -1;
 bool terminating;
+/* When all is killed, by CLOCK_BOOTTIME; 0: never. The agent extends it, since this sandbox is run
+ * elsewhere once its node is given up: what nobody extends has no agent that could end it. */
+static uint64_t lease_ns;
 rlim_t open_files_max, processes_max;
 
 uint64_t now_ns(clockid_t clock)
@@ -310,6 +313,11 @@ static void handle(const struct message *request, int *fds, int fd_count)
             open_files_max = request->a > 0 ? (rlim_t)request->a : open_files_max;
             set_rate((uint64_t)request->b);
         }
+    } else if (request->kind == REQUEST_LEASE) {
+        if (request->a < 0 || request->a > LEASE_NS_MAX)
+            error = EINVAL;
+        else
+            lease_ns = request->a > 0 ? now_ns(CLOCK_BOOTTIME) + (uint64_t)request->a : 0;
     } else if (request->kind == REQUEST_EXEC) {
         error = start_exec(request, fds, fd_count);
     } else {
@@ -366,6 +374,14 @@ static void accept_connection(void)
         drop_connection();
 }
 
+static uint64_t lease_left_ns(void)
+{
+    uint64_t now = now_ns(CLOCK_BOOTTIME);
+    if (!lease_ns)
+        return UINT64_MAX;
+    return lease_ns > now ? lease_ns - now : 0;
+}
+
 /* Perform what is due, and return milliseconds until the next thing is, or -1. */
 static int run_timers(void)
 {
@@ -396,7 +412,14 @@ static int run_timers(void)
         if (exec->throttled && now + rate_wait_ns() < next)
             next = now + rate_wait_ns();
     }
-    return next == UINT64_MAX ? -1 : (int)((next - now) / 1000000 < 60000 ? (next - now) / 1000000 + 1 : 60000);
+    uint64_t wait_ns = next == UINT64_MAX ? UINT64_MAX : next - now, left_ns = lease_left_ns();
+    if (left_ns < wait_ns)
+        wait_ns = left_ns;
+    if (wait_ns == UINT64_MAX)
+        return -1;
+    if (wait_ns == 0)
+        return 0;
+    return (int)(wait_ns / 1000000 < 60000 ? wait_ns / 1000000 + 1 : 60000);
 }
 
 static void serve(void)
@@ -405,6 +428,7 @@ static void serve(void)
         struct epoll_event events[64];
         int timeout = run_timers();
         send_updates();
+        bool over = lease_left_ns() == 0;
         int count = epoll_wait(epoll_fd, events, 64, timeout);
         for (int i = 0; i < count; i++) {
             uint32_t key = (uint32_t)(events[i].data.u64 >> 32), index = (uint32_t)events[i].data.u64;
@@ -420,6 +444,9 @@ static void serve(void)
                 for (int left = 64; left > 0 && receive(); left--)
                     ;
         }
+        /* What was frozen looks first at what it was told meanwhile. PID 1 takes all with it. */
+        if (over && count >= 0 && lease_left_ns() == 0)
+            exit(0);
     }
 }
 

@@ -200,6 +200,37 @@ def test_trees_are_copied_and_limits_change_through_each_node(
     assert cluster.ctl(0, "sandbox", "rm", "-f", "copies").returncode == 0
 
 
+async def test_ports_are_reached_through_each_node(cluster: LocalCluster) -> None:
+    made = cluster.ctl(0, "sandbox", "create", "--name", "ported", "--wait")
+    assert made.returncode == 0, made.stderr
+    serve = ("python3", "-m", "http.server", "8000", "--bind", "127.0.0.1")
+    began = cluster.ctl(0, "sandbox", "exec", "-d", "ported", "--", *serve)
+    assert began.returncode == 0, began.stderr
+    request = sandbox_pb2.ForwardPortRequest
+    start = sandbox_pb2.ForwardPortStart(sandbox="ported", port=8000)
+    for number in range(3):
+        async with open_channel(cluster.api(number)) as channel, asyncio.timeout(TIMEOUT_S):
+            stub = sandbox_pb2_grpc.SandboxServiceStub(channel)
+            connected = False
+            while not connected:
+                call = stub.ForwardPort()
+                await call.write(request(start=start))
+                # Nothing listens yet: the program has only just begun.
+                connected = await call.read() is not grpc.aio.EOF
+            await call.write(request(data=b"GET / HTTP/1.0\r\n\r\n"))
+            answer = b""
+            while not (response := await call.read()).HasField("eof"):
+                answer += response.data
+            assert answer.startswith(b"HTTP/1.0 200")
+            end = request()
+            end.eof.SetInParent()
+            await call.write(end)
+            assert await call.read() is grpc.aio.EOF
+            assert await call.code() is grpc.StatusCode.OK
+    removed = cluster.ctl(0, "sandbox", "rm", "-f", "ported")
+    assert removed.returncode == 0, removed.stderr
+
+
 def test_up_a_second_time_is_harmless(cluster: LocalCluster) -> None:
     before = [cluster.pid(name) for name in ("control1", "control2", "control3", "agent1")]
     again = cluster.command("up")

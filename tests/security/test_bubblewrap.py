@@ -118,7 +118,7 @@ async def test_every_attack_is_denied(agent: AgentProcess, sandbox: str, abstrac
         "port": agent.address.rpartition(":")[2],
         "abstract": abstract,
         "control": str(directory / "control"),
-        "journal": str(directory / "record"),
+        "journal": str(agent.data_dir / "journal"),
         "data": str(agent.data_dir),
     }
     succeeded = {}
@@ -151,7 +151,6 @@ async def test_only_standard_descriptors_are_inherited(agent: AgentProcess, sand
     assert result.stdout == b"['0', '1', '2', '3']\n"
 
 
-@both_users
 async def test_environment_of_the_agent_is_not_seen(agent: AgentProcess, sandbox: str) -> None:
     result = await agent.python(sandbox, "import os; print(sorted(os.environ))")
     assert result.stdout == b"['HOME', 'LANG', 'PATH']\n"
@@ -203,7 +202,6 @@ async def test_double_forked_daemon_dies_with_its_sandbox(
     assert survivors() == 0
 
 
-@both_users
 async def test_output_flood_without_a_reader_is_bounded(agent: AgentProcess, sandbox: str) -> None:
     started = await agent.run(sandbox, ["head", "-c", "200000000", "/dev/zero"], detach=True)
     result = await agent.attach(sandbox, started.exec_id).result()

@@ -108,7 +108,7 @@ async def test_every_attack_is_denied_or_meets_its_own_kernel(
     directory = agent.data_dir / "sandboxes" / sandbox
     facts = listeners | {
         "control": str(directory / "shared" / "control"),
-        "journal": str(directory / "record"),
+        "journal": str(agent.data_dir / "journal"),
         "data": str(agent.data_dir),
     }
     bodies = {}

@@ -9,7 +9,7 @@ from tests.integration.agent.process import AgentProcess
 from tests.integration.agent.test_life import READY
 from tests.integration.agent.test_restart import kill_and_restart
 
-RATE = 256 * 1024
+RATE = 512 * 1024
 #: What may come at once.
 BURST = 64 * 1024
 SEQUENCE = b"".join(b"%d\n" % number for number in range(1, 60_001))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prism.agent.v1 import agent_pb2
 from prism.node.v1 import node_pb2
 
+from prism_agent import limits
 from prism_agent.data_directory import NodeState
 from prism_agent.hosted import report_of
 from prism_agent.reconcile import (
@@ -80,6 +81,8 @@ class SimAgent:
         self.processes: set[tuple[str, int]] = set()
         #: What the journal holds.
         self._journal: dict[str, Sandbox] = {}
+        #: When the sandboxes that may run elsewhere by then end by themselves, by the loop's time.
+        self.lease_ends_s = 0.0
         #: What leaders have said of late: term, assignments, whether they were all.
         self.heard: deque[tuple[int, list[Assignment], bool]] = deque(maxlen=50)
         self._sandboxes: _Sandboxes | None = None
@@ -111,6 +114,17 @@ class SimAgent:
         self._task = self._sandboxes = None
         if machine_too:
             self.processes.clear()
+            return
+        loop = self._plane.loop
+        loop.call_at(max(self.lease_ends_s, loop.time()), self._end_unextended)
+
+    def _end_unextended(self) -> None:
+        """What each supervisor does that no agent has extended the lease of."""
+        if self.runs or self._plane.loop.time() < self.lease_ends_s:
+            return
+        for key, sandbox in self._journal.items():
+            if sandbox.wanted.reschedules:
+                self.processes.discard((key, sandbox.generation))
 
     def hear_again(self, random: Random) -> None:
         """Let the word of a leader that has been replaced arrive once more."""
@@ -202,6 +216,9 @@ class _Sandboxes:
     def lease_expired(self) -> None:
         self._plane.trace("fence", self._agent.name)
         self.perform(self.reconciler.lease_expired())
+
+    def renew_lease(self, until_s: float) -> None:
+        self._agent.lease_ends_s = until_s + limits.LEASE_GRACE_S
 
     def reports(self) -> list[agent_pb2.SandboxReport]:
         return [report_of(each, 1.0) for each in self.reconciler.sandboxes.values()]

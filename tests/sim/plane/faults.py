@@ -92,9 +92,8 @@ class Faults:
     def _end(self, agent: SimAgent, *, machine_too: bool) -> None:
         if agent.runs:
             agent.crash(machine_too)
-            # An agent that is away for long must not come too late to stop what it has: the node's
-            # lease is enforced by the agent alone. A machine may stay away.
-            longest_s = 12.0 if machine_too else 0.5
+            # Now and then it stays away for longer than the node's lease.
+            longest_s = 30.0 if self._random.random() < 0.2 else 12.0 if machine_too else 0.5
             self._later(self._random.uniform(0.01, longest_s), agent)
 
     def _cut_member(self) -> None:

@@ -41,7 +41,8 @@ class _Pipe:
             # A stream loses no single message: from here on nothing arrives, until it ends.
             self.is_cut = True
             return
-        self._last_s = max(self._last_s, self._plane.loop.time() + delay_s)
+        # Two timers of one time may fire in any order.
+        self._last_s = max(self._last_s + 1e-6, self._plane.loop.time() + delay_s)
         self._plane.loop.call_at(self._last_s, self._arrive, message)
 
     def _arrive(self, message: Any) -> None:

@@ -163,7 +163,7 @@ async def test_ready_is_not_said_while_the_disk_does_not_sync(
         assert failures < 0
 
 
-async def test_a_batch_is_three_writes_one_sync_and_a_few_tasks(
+async def test_a_batch_is_two_writes_one_sync_and_a_few_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"sb-{number}" for number in range(500)]

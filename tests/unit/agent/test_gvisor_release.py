@@ -58,7 +58,7 @@ def test_the_one_that_is_named_is_the_only_one(
 ) -> None:
     fake(tmp_path / "own" / "runsc", "runsc version 0.0~20240729.0\n")
     monkeypatch.setenv(gvisor_release.VARIABLE, str(tmp_path / "nowhere"))
-    with pytest.raises(NoRunscError, match="nowhere does not run"):
+    with pytest.raises(NoRunscError, match=r"PRISM_RUNSC: .*nowhere does not run"):
         find_runsc()
 
 

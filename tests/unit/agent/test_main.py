@@ -27,6 +27,7 @@ from prism_common.errors import InvalidArgumentError
         (["--name=Not A Name"], "--name"),
         (["--label=novalue"], "--label"),
         (["--runtime=docker"], "--runtime"),
+        (["--dns-servers=dns.example"], "--dns-servers"),
         (["--nonsense"], "--nonsense"),
         (["--listen=0.0.0.0:7117", "--insecure", "--control=a:1"], "--advertise"),
     ],

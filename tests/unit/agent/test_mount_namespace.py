@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -36,17 +37,11 @@ def test_it_has_no_files_of_sandboxes(tmp_path: Path) -> None:
     host.mount_tmpfs(files, 1 << 20, 12345)
     try:
         namespace = MountNamespace(SUPERVISOR, Path(shutil.which("bwrap") or ""))
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            if host._libc.setns(namespace.descriptor, 0x20000) == 0:
-                os.write(writing, Path("/proc/self/mountinfo").read_bytes())
-            os._exit(0)
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            mounts = pipe.read()
-        os.waitpid(child, 0)
+        number = namespace.descriptor
+        mounts = subprocess.run(
+            ["nsenter", f"--mount=/proc/self/fd/{number}", "cat", "/proc/self/mountinfo"],
+            pass_fds=[number], capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
         namespace.close()
         points = [line.split()[4] for line in mounts.splitlines()]
         assert "/proc" in points

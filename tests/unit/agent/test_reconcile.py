@@ -254,6 +254,16 @@ def test_the_lease_ends_what_is_paused_too() -> None:
     assert machine.paused("a") == [Stop("a", 0.0)]
 
 
+def test_one_that_failed_before_it_started_is_reported_when_it_is_stopped() -> None:
+    machine = Reconciler(0)
+    machine.assign(1, [replace(want(), reschedules=True)], False)
+    assert machine.lease_expired() == [Report("a")]
+    assert machine.sandboxes["a"].start_count == -1
+    assert machine.assign(1, [want(desired=Desired.STOPPED)], False) == [Report("a")]
+    # The leader takes no report of an earlier start than the one that it has asked for.
+    assert machine.sandboxes["a"].start_count == 1
+
+
 def resized(desired: Desired = Desired.RUNNING) -> Assignment:
     return replace(want(desired=desired), spec=b"other")
 

@@ -1,4 +1,4 @@
-"""The supervisor where no descriptor can be passed to it: execs come as files of a shared directory.
+"""The supervisor where no descriptor can be passed to it: execs come as files of a directory.
 
 gVisor is not needed: the supervisor is root in a PID namespace, as it is there.
 """
@@ -34,7 +34,7 @@ class Named:
 
     async def connect(self) -> None:
         async with asyncio.timeout(20):
-            while not (self.shared / "control").exists():
+            while not (self.shared / "control").exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         await self.supervised.client.connect(self.shared / "control")
 
@@ -49,7 +49,7 @@ class Named:
     async def until(self, ring: Ring, text: bytes) -> None:
         """Return once an exec has written something."""
         async with asyncio.timeout(20):
-            while text not in output_of(ring):
+            while text not in output_of(ring):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
     def names(self) -> list[str]:
@@ -129,9 +129,9 @@ async def test_terminal_is_typed_into_and_takes_another_size(named: Named) -> No
     await named.until(ring, b"got hello\r\n")
     named.supervised.client.send(Message(Request.RESIZE, 1, 50, 132))
     await named.until(ring, b"50 132\r\n")
-    os.write(writing, b"\x03")
     os.close(writing)
-    assert (await named.supervised.wait(1, State.DRAINED)).signal == 2
+    named.supervised.client.send(Message(Request.SIGNAL, 1, 9))
+    assert (await named.supervised.wait(1, State.DRAINED)).signal == 9
 
 
 async def test_what_is_missing_or_a_link_is_refused(named: Named) -> None:

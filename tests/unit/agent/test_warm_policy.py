@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.runtime.warm_policy import QUIET_S, View, decide, fits
+from prism_agent.runtime.warm_policy import LOOK_S, QUIET_S, View, decide, fits, wait_s
 
 IDLE = View(size=3, ready=0, making=0, free_slots=10, starts=0, quiet_s=10.0)
 
@@ -27,8 +27,18 @@ def test_starts_come_first() -> None:
 def test_only_free_slots_are_taken() -> None:
     assert decide(replace(IDLE, free_slots=2, ready=2)) == 0
     assert decide(replace(IDLE, free_slots=1, ready=3)) == -2
-    assert decide(replace(IDLE, free_slots=0, ready=3, starts=5)) == -3
+    assert decide(replace(IDLE, free_slots=0, ready=3)) == -3
+    # Those that start may take some of them.
+    assert decide(replace(IDLE, free_slots=0, ready=3, starts=5)) == 0
     assert decide(replace(IDLE, free_slots=-4, ready=1)) == -1
+
+
+def test_the_next_look_is_when_something_may_be_done() -> None:
+    assert wait_s(replace(IDLE, quiet_s=QUIET_S / 2)) == pytest.approx(QUIET_S / 2)
+    # A node that is full must not be looked at without a pause.
+    assert wait_s(replace(IDLE, free_slots=0)) == LOOK_S
+    assert wait_s(replace(IDLE, free_slots=0, quiet_s=QUIET_S * 1.01)) == LOOK_S
+    assert wait_s(replace(IDLE, starts=1, quiet_s=0.0)) == LOOK_S
 
 
 @given(
