@@ -31,7 +31,7 @@ REPORTS_MAX: Final = 1000
 #: Between two messages of reports, since one costs as much as many reports in it: where few come,
 #: and where many do.
 REPORT_LINGER_S: Final = 0.01
-REPORT_LINGER_MAX_S: Final = 0.02
+REPORT_LINGER_MAX_S: Final = 0.04
 #: What is only on its way to another state is said when it stays in it for so long.
 REPORT_PASSING_S: Final = 0.02
 #: Between two attempts to have the disk keep what was written.

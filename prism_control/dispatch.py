@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 #: Batches of reports of one agent that may wait for their commit; then its stream is not read.
 _REPORTS_IN_FLIGHT_MAX: Final = 16
 _REPORTS_MAX: Final = 1000
+#: Between two messages of assignments to one agent, and where they have followed each other.
+_PAUSE_S: Final = 0.005
+_PAUSE_BUSY_S: Final = 0.04
 #: Registrations arrive together after a change of leader; each is proposed within this time.
 _REGISTER_TIMEOUT_S: Final = 10.0
 #: What an agent says of a sandbox goes into the replicated state and to every user.
@@ -213,11 +216,17 @@ class Dispatcher:
         for part in parts:
             await write(self._batch(office, part, complete=False))
         await write(self._batch(office, last, complete=True))
+        busy = False
         while session.ended is None:
             assignments = session.agent.take()
             if assignments:
                 await write(self._batch(office, assignments, complete=False))
+                # What comes meanwhile shares the next message: each costs as much as tens of
+                # assignments do. The first one went at once.
+                await asyncio.sleep(_PAUSE_BUSY_S if busy else _PAUSE_S)
+                busy = True
             else:
+                busy = False
                 await session.wake.wait()
 
     def _batch(

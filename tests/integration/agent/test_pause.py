@@ -184,3 +184,18 @@ async def test_death_of_a_paused_sandbox_is_seen(
     gateway.want(sandbox, RESUME, start_count=2)
     await gateway.wait_for(sandbox, READY)
     assert (await agent.run(sandbox, ["echo", "up"])).stdout == b"up\n"
+
+
+async def test_a_lease_does_not_end_what_is_paused(agent: AgentProcess, gateway: Gateway) -> None:
+    await gateway.wait_registrations(1)
+    gateway.lease_s = 1.0
+    await kill_and_restart(agent, gateway)
+    gateway.assign(
+        "sb-move", spec=sandbox_pb2.SandboxSpec(on_node_loss=sandbox_pb2.ON_NODE_LOSS_RESCHEDULE)
+    )
+    await gateway.wait_for("sb-move", READY)
+    await pause(gateway, "sb-move")
+    await asyncio.sleep(3 * gateway.lease_s)
+    await resume(gateway, "sb-move")
+    await asyncio.sleep(2 * gateway.lease_s)
+    assert (await agent.run("sb-move", ["echo", "on"])).stdout == b"on\n"

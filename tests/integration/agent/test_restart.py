@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 
 import grpc
 import grpc.aio
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent import cgroups
+from prism_agent import cgroups, limits
 from prism_agent.journal import Journal
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
@@ -186,3 +187,29 @@ async def test_leader_is_followed(agent: AgentProcess, gateway: Gateway) -> None
     assert (await agent.run("sb-2", ["echo", "on"])).stdout == b"on\n"
     gateway.term = 3
     await gateway.wait_for("sb-2", DELETED)
+
+
+async def test_what_may_run_elsewhere_ends_without_its_agent(
+    agent: AgentProcess, gateway: Gateway
+) -> None:
+    """Nobody starts the agent again: its lease is over all the same."""
+    await gateway.wait_registrations(1)
+    gateway.lease_s = 2.0
+    await kill_and_restart(agent, gateway)
+    moves = sandbox_pb2.SandboxSpec(on_node_loss=sandbox_pb2.ON_NODE_LOSS_RESCHEDULE)
+    gateway.assign("sb-move", spec=moves)
+    gateway.assign("sb-stay")
+    for each in ("sb-move", "sb-stay"):
+        await gateway.wait_for(each, READY)
+        await agent.run(each, ["sleep", "1000"], detach=True)
+    await asyncio.sleep(1.5 * gateway.lease_s)
+    assert agent.supervised("sb-move")  # its lease was extended
+    began_s = time.monotonic()
+    await agent.end(signal.SIGKILL)
+    await until(lambda: not agent.supervised("sb-move"))
+    assert time.monotonic() - began_s < gateway.lease_s + limits.LEASE_GRACE_S + 1.0
+    assert agent.supervised("sb-stay")
+    await agent.start()
+    await gateway.wait_registrations(3)
+    registered = {each.sandbox_id: each.state for each in gateway.registrations[-1].sandboxes}
+    assert registered == {"sb-move": FAILED, "sb-stay": READY}

@@ -101,8 +101,10 @@ async def test_terminal_is_one(agent: AgentProcess, sandbox: str) -> None:
 async def test_terminal_takes_input_and_another_size(agent: AgentProcess, sandbox: str) -> None:
     program = (
         "import os, signal\n"
-        "signal.signal(signal.SIGWINCH, lambda *_: print(os.get_terminal_size(), flush=True))\n"
-        "print('got', input(), flush=True); signal.pause(); input()"
+        "signal.signal(signal.SIGWINCH, lambda *_: None)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])\n"
+        "print('got', input(), flush=True); signal.sigwait([signal.SIGWINCH])\n"
+        "print(os.get_terminal_size(), flush=True); input()"
     )
     terminal = sandbox_pb2.WindowSize(rows=33, columns=77)
     call = agent.open(sandbox, ["python3", "-c", program], terminal=terminal, stdin=True)

@@ -39,9 +39,10 @@ async def test_input_is_echoed_and_ctrl_c_interrupts(agent: AgentProcess, sandbo
 
 async def test_resize_is_told_to_the_program(agent: AgentProcess, sandbox: str) -> None:
     program = (
-        "import os, signal, sys\n"
-        "def told(*_): print(os.get_terminal_size(), flush=True); sys.exit(0)\n"
-        "signal.signal(signal.SIGWINCH, told); print('up', flush=True); signal.pause()"
+        "import os, signal\n"
+        "signal.signal(signal.SIGWINCH, lambda *_: None)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGWINCH])\n"
+        "print('up', flush=True); signal.sigwait([signal.SIGWINCH]); print(os.get_terminal_size())"
     )
     call = agent.open(sandbox, ["python3", "-c", program], terminal=SIZE, stdin=True)
     await call.until(b"up\r\n")

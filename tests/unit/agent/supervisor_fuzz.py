@@ -35,8 +35,8 @@ _PROGRAMS = (
     ["/"],
     [""],
 )
-#: TERMINATE ends it: that is the last thing that is asked.
-_KINDS = tuple(kind for kind in Request if kind is not Request.TERMINATE)
+#: TERMINATE and a LEASE that is over end it: that is the last thing that is asked.
+_KINDS = tuple(kind for kind in Request if kind not in (Request.TERMINATE, Request.LEASE))
 
 
 class Fuzzer:

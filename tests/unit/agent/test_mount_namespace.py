@@ -45,7 +45,7 @@ def test_it_has_no_files_of_sandboxes(tmp_path: Path) -> None:
         namespace.close()
         points = [line.split()[4] for line in mounts.splitlines()]
         assert "/proc" in points
-        assert not [point for point in points if "sandbox" in point]
+        assert str(files).replace(" ", "\\040") not in points
         # Ours is as it was.
         assert os.path.ismount(files)
     finally:

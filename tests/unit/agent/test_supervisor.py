@@ -287,3 +287,22 @@ async def test_what_a_rate_holds_back_is_there_after_the_end(supervised: Supervi
     supervised.client.send(Message(Request.TERMINATE))
     await asyncio.to_thread(supervised.process.wait, 20)
     assert ring.header().sequence == 100_001
+
+
+async def test_it_ends_all_when_nobody_extends_its_lease(supervised: Supervised) -> None:
+    supervised.start(1, ["sleep", "1000"])
+    supervised.client.send(Message(Request.LEASE, 0, 50_000_000))
+    assert await asyncio.to_thread(supervised.process.wait, 20) is not None
+
+
+async def test_a_lease_can_be_extended_and_lifted(supervised: Supervised) -> None:
+    for left_ns in (100_000_000, 60_000_000_000, 50_000_000, 0):
+        supervised.client.send(Message(Request.LEASE, 0, left_ns))
+    await asyncio.sleep(0.3)
+    header, output = await supervised.run(1, ["echo", "alive"])
+    assert (header.exit_code, output) == (0, b"alive\n")
+
+
+async def test_a_lease_that_makes_no_sense_is_refused(supervised: Supervised) -> None:
+    supervised.client.send(Message(Request.LEASE, 0, -1))
+    assert (await supervised.error()).a == 22  # EINVAL
