@@ -36,8 +36,8 @@ REPORT_LINGER_MAX_S: Final = 0.04
 REPORT_PASSING_S: Final = 0.02
 #: Between two attempts to have the disk keep what was written.
 SYNC_RETRY_S: Final = 1.0
-#: A sandbox whose lease no agent has extended ends by itself so long after the agent would have ended
-#: it. The leader waits for a tenth of the lease and 2 s more before it runs elsewhere.
+#: A sandbox whose lease no agent has extended ends by itself so long after the agent would have
+#: ended it. The leader waits for a tenth of the lease and 2 s more before it runs elsewhere.
 LEASE_GRACE_S: Final = 1.0
 #: Between two attempts to reach a supervisor whose connection broke.
 RECONNECT_S: Final = 0.05
