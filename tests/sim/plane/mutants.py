@@ -191,7 +191,7 @@ PLANE_MUTANTS = (
     ),
     _mutant(
         "overtaken start keeps its count",
-        300,
+        500,
         Reconciler,
         "_converge_stopped",
         _overtaken_start_keeps_its_count,
