@@ -123,7 +123,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return make(
             wrap(behaviour, service, method),
             request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            response_serializer=_serializer_of(handler),
         )
 
     def _wrap_unary(
@@ -184,6 +184,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def _count(self, service: str, method: str, code: grpc.StatusCode, started: float) -> None:
         self._metrics.count(service, method, code, time.perf_counter() - started)
+
+
+def _serializer_of(handler: Any) -> Callable[[Any], bytes] | None:
+    """Return a handler's serializer, past which goes what the handler has encoded by itself."""
+    serialize = handler.response_serializer
+    if serialize is None:
+        return None
+
+    def encoded(response: Any) -> bytes:
+        return response if type(response) is bytes else cast("bytes", serialize(response))
+
+    return encoded
 
 
 def _client_of(context: grpc.aio.ServicerContext[Any, Any]) -> str:

@@ -29,10 +29,11 @@ from prism_control.api.lifecycle import (
     stop_command,
     update_command,
 )
+from prism_control.row_bytes import EventBytes, field_bytes
 from prism_control.rows import sandbox_proto
 from prism_control.state.commands import Command, version_of
 from prism_control.state.events import SandboxChanged
-from prism_control.state.model import SandboxRow, SandboxState
+from prism_control.state.model import SandboxRow, SandboxState, Spec
 
 #: A request that names a sandbox and has an idempotency key.
 Changing = TypeVar(
@@ -61,6 +62,7 @@ class SandboxServicer(DataPath):
         super().__init__(api)
         self._waits = Waits(api)
         self._batches = Batches(api, self._waits)
+        self._events = EventBytes()
 
     # ── Writes ───────────────────────────────────────────────────────────────────────────────
 
@@ -212,37 +214,24 @@ class SandboxServicer(DataPath):
         proto = sandbox_proto(row)
         return await self._with_usage(row, proto) if request.with_usage else proto
 
-    async def ListSandboxes(
+    async def ListSandboxes(  # type: ignore[override]  # encoded already
         self, request: sandbox_pb2.ListSandboxesRequest, context: Context
-    ) -> sandbox_pb2.ListSandboxesResponse:
-        """Return a page of sandboxes."""
+    ) -> bytes:
+        """Return a page of sandboxes, encoded."""
         size = validation.page_size(request.page_size)
         after = _decode_token(request.page_token)
-        labels = set(names.validate_labels(dict(request.label_selector), "label_selector").items())
+        labels = names.validate_labels(dict(request.label_selector), "label_selector")
         states = {SandboxState(state) for state in self._states(request)}
-        node = request.node
-
-        def keep(row: SandboxRow) -> bool:
-            if states and row.state not in states:
-                return False
-            if node and node not in (row.node_id, row.node_name):
-                return False
-            return not labels or labels <= set(row.spec.labels)
-
+        keep = _keeps(labels, states, request.node)
         machine = await self._fresh(request.consistency, context)
-        tombstones = SandboxState.DELETED in states
-        rows, last = machine.list_page(after, size, keep, tombstones=tombstones)
-        response = sandbox_pb2.ListSandboxesResponse(revision=machine.revision)
-        size_bytes = 0
-        for position, row in enumerate(rows):
-            proto = sandbox_proto(row)
-            size_bytes += proto.ByteSize()
-            if position and size_bytes > _PAGE_BYTES_MAX:
-                last = rows[position - 1].create_revision
-                break
-            response.sandboxes.append(proto)
-        response.next_page_token = _encode_token(last) if last else ""
-        return response
+        rows, last = machine.list_page(after, size, keep, tombstones=SandboxState.DELETED in states)
+        fields, count = field_bytes(rows, _PAGE_BYTES_MAX)
+        if count < len(rows):
+            last = rows[count - 1].create_revision
+        rest = sandbox_pb2.ListSandboxesResponse(
+            next_page_token=_encode_token(last) if last else "", revision=machine.revision
+        )
+        return fields + rest.SerializeToString()
 
     @staticmethod
     def _states(request: sandbox_pb2.ListSandboxesRequest) -> list[int]:
@@ -252,11 +241,12 @@ class SandboxServicer(DataPath):
                 raise InvalidArgumentError(f"states: {state} is not a state", field="states")
         return list(request.states)
 
-    async def WatchSandboxes(
+    async def WatchSandboxes(  # type: ignore[override]  # mostly encoded already
         self, request: sandbox_pb2.WatchSandboxesRequest, context: Context
-    ) -> AsyncIterator[sandbox_pb2.WatchSandboxesResponse]:
+    ) -> AsyncIterator[bytes | sandbox_pb2.WatchSandboxesResponse]:
         """Stream every change after a revision, and a sign of life while there is none."""
-        labels = set(names.validate_labels(dict(request.label_selector), "label_selector").items())
+        labels = names.validate_labels(dict(request.label_selector), "label_selector")
+        keep = _keeps(labels, set(), "")
         if request.revision < 0:
             raise InvalidArgumentError(f"revision: {request.revision} is below 0", field="revision")
         await self._fresh(sandbox_pb2.CONSISTENCY_LINEARIZABLE, context)
@@ -271,11 +261,9 @@ class SandboxServicer(DataPath):
                 if isinstance(event, SandboxChanged):
                     row = event.row
                     named = request.sandbox in ("", row.id, row.name)
-                    if named and labels <= set(row.spec.labels):
+                    if named and (keep is None or keep(row)):
                         progress_at = loop.time() + _PROGRESS_INTERVAL_S
-                        yield sandbox_pb2.WatchSandboxesResponse(
-                            sandbox=sandbox_proto(row), revision=revision
-                        )
+                        yield self._events.of(row)
             # Also while there is only what the filter hides: the watcher resumes from here.
             if loop.time() >= progress_at:
                 progress_at = loop.time() + _PROGRESS_INTERVAL_S
@@ -284,6 +272,34 @@ class SandboxServicer(DataPath):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(progress_at):
                         await self._api.changed.wait()
+
+
+def _keeps(
+    labels: dict[str, str], states: set[SandboxState], node: str
+) -> Callable[[SandboxRow], bool] | None:
+    """Return what keeps the rows that a request asks for; None: it asks for all.
+
+    Args:
+        labels: That a row must have.
+        states: One of which it must be in; none: any.
+        node: Id or name of its node; empty: any.
+    """
+    if not labels and not states and not node:
+        return None
+    wanted = set(labels.items())
+    last: Spec | None = None
+    fits = False
+
+    def keep(row: SandboxRow) -> bool:
+        nonlocal last, fits
+        if row.spec is not last:
+            # Rows beside one another mostly share their spec.
+            last, fits = row.spec, wanted <= set(row.spec.labels)
+        if not fits or (states and row.state not in states):
+            return False
+        return not node or node in (row.node_id, row.node_name)
+
+    return keep
 
 
 def _encode_token(revision: int) -> str:

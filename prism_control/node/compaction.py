@@ -39,15 +39,16 @@ class SnapshotPolicy:
 
     Attributes:
         entries: Applied since the last one.
-        size_bytes: Of entries; the log in memory is bounded by this and the margin.
+        size_bytes: Of entries; the log in memory is bounded by this and the margin, and takes
+            about three times as much there.
         trailing_entries: So that a follower that was away briefly needs no snapshot.
         trailing_bytes: The same margin, for entries that are large.
     """
 
     entries: int = SNAPSHOT_ENTRIES
-    size_bytes: int = 64 * 2**20
+    size_bytes: int = 16 * 2**20
     trailing_entries: int = TRAILING_ENTRIES
-    trailing_bytes: int = 16 * 2**20
+    trailing_bytes: int = 6 * 2**20
 
 
 class Compaction:

@@ -212,13 +212,7 @@ class Machine:
             The rows, and `after` of the next page; 0 if this one is the last.
         """
         limit = max(1, min(limit, PAGE_SIZE_MAX))
-
-        def keep(row: SandboxRow) -> bool:
-            if row.state is SandboxState.DELETED and not tombstones:
-                return False
-            return predicate is None or predicate(row)
-
-        return self._tables.page(after, limit, keep)
+        return self._tables.page(after, limit, predicate, tombstones=tombstones)
 
     def nodes(self) -> list[NodeRow]:
         """Return all nodes in order of name."""

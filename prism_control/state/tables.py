@@ -138,7 +138,12 @@ class Tables:
         return Amounts(*self.held.get(node_id, ()))
 
     def page(
-        self, after: int, limit: int, keep: Callable[[SandboxRow], bool]
+        self,
+        after: int,
+        limit: int,
+        keep: Callable[[SandboxRow], bool] | None,
+        *,
+        tombstones: bool,
     ) -> tuple[list[SandboxRow], int]:
         """Return up to `limit` rows created after revision `after`, and where the next page begins.
 
@@ -146,19 +151,20 @@ class Tables:
         few, a page has fewer than `limit`, or none. The second value is 0 on the last page.
         """
         found: list[SandboxRow] = []
-        ids = self._order_ids
         first = bisect_right(self._order_revisions, after)
-        for position in range(first, len(ids)):
-            if position - first == PASSED_OVER_MAX:
-                return found, self._order_revisions[position - 1]
-            row = self.sandboxes.get(ids[position])
-            if row is None or row.create_revision != self._order_revisions[position]:
+        last = first + PASSED_OVER_MAX
+        revisions, get = self._order_revisions[first:last], self.sandboxes.get
+        for revision, key in zip(revisions, self._order_ids[first:last], strict=True):
+            row = get(key)
+            if row is None or row.create_revision != revision:
                 continue
-            if keep(row):
+            if row.state is SandboxState.DELETED and not tombstones:
+                continue
+            if keep is None or keep(row):
                 if len(found) == limit:
                     return found, found[-1].create_revision
                 found.append(row)
-        return found, 0
+        return found, revisions[-1] if last < len(self._order_ids) else 0
 
     # ── Writing ──────────────────────────────────────────────────────────────────────────────
 

@@ -225,6 +225,17 @@ async def test_names_that_are_no_text_are_listed(agent: AgentProcess, sandbox: s
     ]
 
 
+async def test_files_of_any_time_are_listed(agent: AgentProcess, sandbox: str) -> None:
+    await agent.python(
+        sandbox,
+        "import os\nfor name, when in (('late', 10**12), ('early', -10**12)):\n"
+        "    open(name, 'w').close(); os.utime(name, (when, when))",
+    )
+    assert await names(agent, sandbox, "/workspace") == ["/workspace/early", "/workspace/late"]
+    late = await describe(agent, sandbox, "/workspace/late")
+    assert late.modify_time.ToDatetime().year == 9999
+
+
 async def test_writers_of_a_fifo_are_not_woken(agent: AgentProcess, sandbox: str) -> None:
     await agent.run(sandbox, ["mkfifo", "/workspace/p"])
     call = agent.open(sandbox, ["sh", "-c", "echo up; echo x > p; echo woken"])

@@ -1,14 +1,21 @@
 """Hostile programs in a sandbox that has a network: they reach no more than they may."""
 
+import asyncio
 import os
+import socket
 import time
 
 import psutil
+import pytest
+from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2 as pb
 
+from prism_agent.network.namespace import open_socket
 from tests.integration.agent import world as behind
 from tests.integration.agent.gateway import Gateway
+from tests.integration.agent.ports import ECHO, listen
 from tests.integration.agent.world import (
+    HOST,
     METADATA,
     NAMED,
     PRIVATE,
@@ -192,3 +199,63 @@ async def test_floods_of_questions_and_connections_are_bounded(
     inside = f"--net=/run/netns/{world.host}"
     count = run("nsenter", inside, "cat", "/proc/sys/net/netfilter/nf_conntrack_count")
     assert 2000 < int(count) < 2300
+
+
+async def test_a_flood_for_the_resolver_costs_the_agent_little(
+    gateway: Gateway, agent: WorldAgent, world: World
+) -> None:
+    sandbox = await make(gateway, "sb-1", egress(names=[pb.EgressName(name="*")]))
+    program = (
+        "import socket, time\n"
+        "ends, sent = time.monotonic() + 2, 0\n"
+        "one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "while time.monotonic() < ends or sent < 50000:\n"
+        "    one.sendto(b'x', ('127.0.0.53', 53)); sent += 1\n"
+    )
+    process = psutil.Process(agent.pid)
+    before = process.cpu_times()
+    result = await agent.python(sandbox, program)
+    after = process.cpu_times()
+    assert result.code == 0, result.stderr
+    # At some 15 us each they would take it almost a second.
+    assert after.user + after.system - before.user - before.system < 0.4
+
+
+async def test_an_address_comes_without_the_connections_of_who_had_it_before(
+    gateway: Gateway, agent: WorldAgent, world: World
+) -> None:
+    program = (
+        f"{_UDP.replace('; ', chr(10))}\nu.bind(('', 5555))\n"
+        f"u.sendto(b'x', ('{PUBLIC}', 80))\nprint(u.recv(9))\n"
+        f"u.sendto(b'x', ('{PUBLIC}', 80))\nprint(u.recv(9))\n"
+    )
+    program = f"import socket\n{program}"
+    first = await make(gateway, "sb-1", egress(rule(PUBLIC, 80, protocol=UDP)))
+    assert (await agent.python(first, program)).code == 0
+    address = (await agent.run(first, ["hostname", "-I"])).stdout
+    gateway.want(first, agent_pb2.DESIRED_STATE_DELETED, grace_s=0)
+    await gateway.wait_for(first, agent_pb2.OBSERVED_STATE_DELETED)
+    # A new process of the agent gives addresses from the same one on.
+    await agent.kill()
+    await agent.start()
+    await gateway.wait_registrations(2)
+    names = [pb.EgressName(name="bad.example.org")]
+    second = await make(gateway, "sb-2", egress(names=names))
+    assert (await agent.run(second, ["hostname", "-I"])).stdout == address
+    result = await agent.python(second, program)
+    assert (result.code, result.stdout) == (1, b""), result
+
+
+async def test_other_users_of_the_host_reach_no_port_of_a_sandbox(
+    gateway: Gateway, agent: WorldAgent, world: World
+) -> None:
+    # Its answers to the host would be let through.
+    sandbox = await make(gateway, "sb-1", egress(rule(HOST), rule(NAMED)))
+    server = await listen(agent, sandbox, ECHO, 8000, "0.0.0.0")
+    address = (await agent.run(sandbox, ["hostname", "-I"])).stdout.decode().strip()
+    connection = await open_socket(world.host_namespace, socket.AF_INET)
+    with connection:
+        connection.settimeout(3)
+        with pytest.raises(OSError, match=r"unreachable|No route|timed out|refused"):
+            await asyncio.to_thread(connection.connect, (address, 8000))
+    server.cancel()

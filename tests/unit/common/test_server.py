@@ -58,6 +58,11 @@ class Servicer(cluster_pb2_grpc.ClusterServiceServicer):
     ) -> cluster_pb2.ListPeersResponse:
         await context.abort(grpc.StatusCode.DATA_LOSS, "aborted by hand")
 
+    async def AddPeer(  # type: ignore[override]  # encoded already
+        self, request: cluster_pb2.AddPeerRequest, context: Context
+    ) -> bytes:
+        return cluster_pb2.Peer(id="p").SerializeToString()
+
 
 class Port:
     def __init__(self, server: RpcServer, servicer: Servicer, registry: CollectorRegistry) -> None:
@@ -104,6 +109,11 @@ async def test_a_good_call_is_counted(port: Port) -> None:
     await port.counted("GetCluster", "OK")
     labels = {"grpc_service": SERVICE, "grpc_method": "GetCluster"}
     assert port.registry.get_sample_value("grpc_server_handling_seconds_count", labels) == 1
+
+
+async def test_an_answer_that_is_encoded_already_goes_out_as_it_is(port: Port) -> None:
+    answer = await port.stub.AddPeer(cluster_pb2.AddPeerRequest(), timeout=5)
+    assert answer == cluster_pb2.Peer(id="p")
 
 
 async def test_what_serves_a_call_knows_whose_it_is(port: Port) -> None:
