@@ -54,6 +54,8 @@ _KERNEL_FILE_SYSTEMS: Final = frozenset(
         0x6E736673,  # nsfs
     }
 )
+#: Times that a Timestamp has room for, the years 1 to 9999; a sandbox's file may have any.
+_TIME_MIN_NS, _TIME_MAX_NS = -62_135_596_800 * 10**9, 253_402_300_799 * 10**9
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -142,7 +144,7 @@ def info_of(
         size_bytes=status.st_size,
         mode=stat.S_IMODE(status.st_mode),
     )
-    info.modify_time.FromNanoseconds(status.st_mtime_ns)
+    info.modify_time.FromNanoseconds(min(max(status.st_mtime_ns, _TIME_MIN_NS), _TIME_MAX_NS))
     if kind == sandbox_pb2.FILE_TYPE_SYMLINK and directory is not None:
         with contextlib.suppress(OSError):  # it is none any more
             info.link_target = _text_of(os.readlink(name, dir_fd=directory))

@@ -23,6 +23,8 @@ from prism_common.status import RemoteError
 #: Links followed for a path that the user named, as the kernel has it.
 _LINKS_MAX: Final = 40
 _MODE_BITS: Final = 0o777
+#: The years 1 to 9999.
+_TIME_MIN_S, _TIME_MAX_S = -62_135_596_800, 253_402_300_799
 _FILE: Final = pb.FILE_TYPE_REGULAR
 _DIRECTORY: Final = pb.FILE_TYPE_DIRECTORY
 _LINK: Final = pb.FILE_TYPE_SYMLINK
@@ -404,6 +406,12 @@ class MakeLink:
         flight.client.call(lambda stubs: stubs.sandboxes.MakeLink, request)
 
 
+def _nanoseconds_of(moment: Timestamp) -> int:
+    """Return a time that a file can have, whatever a node says."""
+    seconds = min(max(moment.seconds, _TIME_MIN_S), _TIME_MAX_S)
+    return seconds * 10**9 + min(max(moment.nanos, 0), 10**9 - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Download:
     """A file to be written on this machine."""
@@ -421,7 +429,7 @@ class Download:
     def run(self, flight: Flight) -> None:
         """Read it."""
         request = pb.ReadFileRequest(sandbox=self.sandbox, path=self.info.path)
-        modified_ns = self.info.modify_time.ToNanoseconds()
+        modified_ns = _nanoseconds_of(self.info.modify_time)
 
         def attempt(stubs: Stubs) -> None:
             with self.tree.draft(self.parts, self.info.mode, modified_ns) as file:

@@ -120,6 +120,15 @@ def remove_device(name: str) -> None:
             raise
 
 
+def addresses_of(name: str) -> list[IPv4Address]:
+    """Return the addresses that lie behind a device of the host."""
+    found = []
+    for each in tools.routes(name):
+        with contextlib.suppress(ValueError):  # a network, that somebody else has put there
+            found.append(IPv4Address(each["dst"]))
+    return found
+
+
 def owned(node_id: str) -> Iterator[tuple[str, str]]:
     """Yield the devices of an agent's sandboxes on the host, each with the sandbox's id."""
     prefix = f"{_ALIAS}{node_id}/"

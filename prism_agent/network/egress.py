@@ -17,7 +17,7 @@ from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.journal import Journal, Record
-from prism_agent.network import devices, policy, tools
+from prism_agent.network import connections, devices, policy, tools
 from prism_agent.network.devices import Link
 from prism_agent.network.namespace import apart, enter
 from prism_agent.network.policy import Policy
@@ -88,6 +88,7 @@ class Networks:
         self._open: dict[str, _Open] = {}
         #: Held while rules are put back, so that none are of what was removed meanwhile.
         self._restoring = threading.Lock()
+        self._opening = asyncio.Lock()
         self.status = node_pb2.EgressStatus(
             ready=False, message="it was not tried: its agent runs nothing"
         )
@@ -109,11 +110,12 @@ class Networks:
         sandbox_id = generate_id("probe")
         link = self._link(sandbox_id)
         await asyncio.to_thread(tools.nft, policy.base_rules(self._table))
+        address = ""
         try:
-            address = await self._make(link, Policy())
-            self._taken.discard(str(address))
+            address = str(await self._make(link, Policy()))
         finally:
-            await asyncio.to_thread(self._remove, link, Policy())
+            await asyncio.to_thread(self._remove, link, Policy(), address)
+            self._taken.discard(address)
             with contextlib.suppress(OSError):
                 link.path.parent.rmdir()
 
@@ -208,7 +210,9 @@ class Networks:
             groups: list[int], addresses: list[IPv4Address], time_s: int
         ) -> None:
             text = policy.open_rules(self._table, link.device, groups, addresses, time_s)
-            await asyncio.to_thread(tools.nft, text)
+            # One at a time, as the kernel has it: all sandboxes' names take one thread at most.
+            async with self._opening:
+                await asyncio.to_thread(tools.nft, text)
 
         descriptor = os.open(link.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -244,12 +248,16 @@ class Networks:
             wanted = policy.policy_of(spec.network) or Policy()
         except InvalidArgumentError:
             wanted = Policy()
-        await asyncio.to_thread(self._remove, self._link(record.sandbox_id), wanted)
+        link = self._link(record.sandbox_id)
+        await asyncio.to_thread(self._remove, link, wanted, record.address)
         self._taken.discard(record.address)
         record.device = record.address = ""
 
-    def _remove(self, link: Link, wanted: Policy) -> None:
+    def _remove(self, link: Link, wanted: Policy, address: str) -> None:
         devices.remove(link)
+        if address:
+            # Before the address may be another's.
+            connections.forget(IPv4Address(address))
         with self._restoring:
             self._open.pop(link.device, None)
             try:
@@ -297,7 +305,10 @@ class Networks:
         for name, sandbox_id in list(devices.owned(self._node_id)):
             if sandbox_id not in keep:
                 found.append(f"network device {name} of {sandbox_id}")
+                addresses = devices.addresses_of(name)
                 devices.remove_device(name)
+                for address in addresses:
+                    connections.forget(address)
         kept = {policy.device_of(self._node_id, sandbox_id) for sandbox_id in keep}
         for name in policy.devices_in(tools.chains(self._table) or []):
             if name not in kept:

@@ -22,6 +22,7 @@ from prism_common.egress import (
     parse_name,
     parse_ports,
 )
+from prism_common.errors import InvalidArgumentError
 
 Ports: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -115,6 +116,8 @@ def policy_of(network: sandbox_pb2.Network) -> Policy | None:
 def _traffic_of(
     protocol: sandbox_pb2.TransportProtocol.ValueType, ports: Sequence[sandbox_pb2.PortRange]
 ) -> Traffic:
+    if protocol not in _PROTOCOLS:
+        raise InvalidArgumentError(f"protocol: {protocol} is not known here", field="protocol")
     return Traffic(
         _PROTOCOLS[protocol], parse_ports([(each.first, each.last) for each in ports], "ports")
     )
@@ -148,9 +151,11 @@ add map inet {table} senders {{ type ifname : verdict; }}
 add set inet {table} sandbox_devices {{ type ifname; }}
 add chain inet {table} forward {{ type filter hook forward priority filter; policy accept; }}
 add chain inet {table} input {{ type filter hook input priority filter; policy accept; }}
+add chain inet {table} output {{ type filter hook output priority filter; policy accept; }}
 add chain inet {table} postrouting {{ type nat hook postrouting priority srcnat; policy accept; }}
 flush chain inet {table} forward
 flush chain inet {table} input
+flush chain inet {table} output
 flush chain inet {table} postrouting
 add rule inet {table} forward oifname @sandbox_devices ct state established,related accept
 add rule inet {table} forward oifname @sandbox_devices {_REFUSE}
@@ -158,6 +163,8 @@ add rule inet {table} forward iifname vmap @senders
 add rule inet {table} forward iifname @sandbox_devices drop
 add rule inet {table} input iifname vmap @senders
 add rule inet {table} input iifname @sandbox_devices drop
+add rule inet {table} output oifname @sandbox_devices ct state established,related accept
+add rule inet {table} output oifname @sandbox_devices {_REFUSE}
 add rule inet {table} postrouting iifname @sandbox_devices masquerade
 """
 
@@ -222,7 +229,20 @@ def inner_rules(policy: Policy) -> str:
         lines.append(f"add rule {chain} ip daddr {{ {special} }} {_REFUSE}")
         lines += [f"add rule {chain} {traffic.match()} accept" for traffic in policy.groups]
     lines.append(f"add rule {chain} {_REFUSE}")
+    if policy.names:
+        lines += _resolver_rules()
     return "\n".join(lines) + "\n"
+
+
+def _resolver_rules() -> Iterator[str]:
+    """Yield what keeps floods from the agent: dropped here, they cost the sandbox and nobody else.
+
+    Each limit is above what the resolver answers by itself.
+    """
+    chain = "inet prism input"
+    yield f"add chain {chain} {{ type filter hook input priority filter; policy accept; }}"
+    for what, rate in (("udp dport 53", 200), ("tcp dport 53 ct state new", 50)):
+        yield f"add rule {chain} {what} limit rate over {rate}/second burst {2 * rate} packets drop"
 
 
 def remove_rules(table: str, device: str, policy: Policy) -> str:

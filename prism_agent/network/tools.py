@@ -53,6 +53,12 @@ def links() -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict) and each.get("ifname")]
 
 
+def routes(device: str) -> list[dict[str, Any]]:
+    """Return the routes to a device of this thread's namespace. Blocking."""
+    found = json.loads(_run(["ip", "-json", "-4", "route", "show", "dev", device], "") or "[]")
+    return [each for each in found if isinstance(each, dict) and each.get("dst")]
+
+
 def chains(table: str) -> list[str] | None:
     """Return the names of the chains of a table; None: there is no such table. Blocking."""
     objects = json.loads(_run(["nft", "--json", "list", "chains", "inet"], ""))["nftables"]

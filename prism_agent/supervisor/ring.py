@@ -8,6 +8,8 @@ from prism_agent.supervisor import protocol
 from prism_agent.supervisor.protocol import Output, ProtocolError, RingHeader
 
 _ATTEMPTS = 1000
+#: Of a ring; whoever has taken over a sandbox's own kernel may write anything to the file.
+_CAPACITY_MAX = 1 << 32
 
 
 class Ring:
@@ -53,7 +55,7 @@ class Ring:
             if len(content) != protocol.HEADER_BYTES:
                 raise ProtocolError("a ring file without a header")
             header = protocol.decode_header(content)
-            if header is not None:
+            if header is not None and header.capacity <= _CAPACITY_MAX:
                 return header
         raise ProtocolError("a ring whose header was not finished")
 
@@ -65,7 +67,9 @@ class Ring:
         """
         header = self.header()
         offset = max(offset, header.tail)
-        while offset < header.head:
+        for _ in range(_ATTEMPTS):
+            if offset >= header.head:
+                return [], offset
             content = self._read_bytes(offset, min(header.head - offset, limits.READ_BYTES), header)
             tail = self.header().tail
             if tail > offset:
@@ -76,9 +80,11 @@ class Ring:
             if not outputs:
                 raise ProtocolError(f"no whole record at {offset}")
             return outputs, outputs[-1].offset
-        return [], offset
+        raise ProtocolError("a ring that is overwritten faster than it can be read")
 
     def _read_bytes(self, offset: int, length: int, header: RingHeader) -> bytes:
+        if header.capacity == 0:
+            raise ProtocolError("a ring without room has output")
         place = offset % header.capacity
         first = min(length, header.capacity - place)
         content = os.pread(self._descriptor, first, protocol.RING_HEADER_BYTES + place)

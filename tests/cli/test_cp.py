@@ -209,6 +209,7 @@ def test_names_of_a_hostile_sandbox_never_lead_out(
     (there / "tree").mkdir()
     (there / "tree" / "good").write_bytes(b"good")
     (there / "tree" / "good").chmod(0o4755)
+    (there / "tree" / "late").write_bytes(b"late")
     link, directory = pb.FILE_TYPE_SYMLINK, pb.FILE_TYPE_DIRECTORY
     fake.hostile["/workspace/tree"] = [
         file_named(".."),
@@ -223,7 +224,10 @@ def test_names_of_a_hostile_sandbox_never_lead_out(
         # A link, and then a directory of the same name to write through it.
         file_named("inside", link, "good"),
         file_named("inside", directory),
+        # A time that no file can have.
+        file_named("late"),
     ]
+    fake.hostile["/workspace/tree"][-1].modify_time.seconds = 2**62
     (here / "target").mkdir()
     result = inline("sandbox", "cp", "web:tree", str(here / "target" / "new"))
     assert result.returncode == 1
@@ -231,7 +235,7 @@ def test_names_of_a_hostile_sandbox_never_lead_out(
     assert "the node sent a name that no file can have" in result.stderr.decode()
     assert shape_names(here) == [
         str(here / name)
-        for name in ("target", "target/new", "target/new/good", "target/new/inside")
+        for name in ("target", *(f"target/new{each}" for each in ("", "/good", "/inside", "/late")))
     ]
     assert stat.S_IMODE((here / "target/new/good").stat().st_mode) == 0o755  # no set-uid bit
 
