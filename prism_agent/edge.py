@@ -132,7 +132,7 @@ class Edge:
         """
         self._lease_until_s = until_s
         for hosted in self.hosted.values():
-            if hosted.record.reschedules and hosted.running is not None:
+            if hosted.record.reschedules:
                 self.extend_lease(hosted)
 
     def extend_lease(self, hosted: Hosted) -> None:
@@ -140,9 +140,11 @@ class Edge:
 
         What is frozen is not told: nothing of it runs, and it could not read what it is told.
         """
-        left_s = self._lease_left_s(hosted.record)
-        if left_s is not None and hosted.record.phase not in (Phase.PAUSING, Phase.PAUSED):
-            hosted.execs.set_lease(left_s)
+        left_s, execs = self._lease_left_s(hosted.record), hosted.known_execs
+        if left_s is None or execs is None:
+            return
+        if hosted.record.phase not in (Phase.PAUSING, Phase.PAUSED):
+            execs.set_lease(left_s)
 
     def _lease_left_s(self, record: Record) -> float | None:
         if not record.reschedules or self._lease_until_s is None:

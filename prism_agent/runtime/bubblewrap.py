@@ -25,7 +25,6 @@ from prism_agent.cgroups import PROCESSES_OWN, Cgroups
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal, Record, boot_id
 from prism_agent.network.egress import namespace_arguments, resolver_configuration
-from prism_agent.reconcile import Desired, Phase
 from prism_agent.runtime import host, image
 from prism_agent.runtime.base import Probe, Process, Running, StartError, Usage
 from prism_agent.runtime.mount_namespace import MountNamespace
@@ -38,9 +37,8 @@ from prism_agent.runtime.shape import (
     write_names,
 )
 from prism_agent.runtime.spawn import Child, Descriptors, spawn
-from prism_agent.supervisor.client import SupervisorClient
-from prism_common.errors import PrismError, SandboxGoneError
-from prism_common.names import generate_id
+from prism_agent.runtime.trial import try_one
+from prism_common.errors import PrismError
 
 SUPERVISOR: Final = Path(__file__).parent.parent / "supervisor" / "prism-supervisor"
 _INSIDE: Final = "/.prism-supervisor"
@@ -84,7 +82,7 @@ class BubblewrapRuntime:
             return Probe(ready=False, message=problem)
         try:
             version = await asyncio.to_thread(self._prepare)
-            await self._try_one()
+            await try_one(self, self._journal)
         except (
             seccomp.SeccompError,
             OSError,
@@ -95,41 +93,6 @@ class BubblewrapRuntime:
             return Probe(ready=False, message=str(error))
         message = "" if self._root else "without root: /workspace is lost when a sandbox is stopped"
         return Probe(ready=True, message=message, version=version)
-
-    async def _try_one(self) -> None:
-        """Start a sandbox, have its supervisor answer, and remove it.
-
-        Raises:
-            StartError: It does not work here.
-        """
-        sandbox_id = generate_id("probe")
-        record = Record(
-            sandbox_id=sandbox_id,
-            name="probe",
-            generation=0,
-            start_count=0,
-            phase=Phase.DELETING,
-            desired=Desired.DELETED,
-            wanted_start_count=0,
-            spec=b"",
-            expire_time_s=0.0,
-            grace_s=0.0,
-            reschedules=False,
-            runtime=self.name,
-        )
-        running: Running | None = None
-        client = SupervisorClient(lambda _: None, lambda: None)
-        try:
-            running = await self.start(record, sandbox_pb2.SandboxSpec())
-            await client.connect(self._journal.directory(sandbox_id) / SOCKET)
-        except SandboxGoneError:
-            raise StartError(f"bwrap did not start it: {self.explain(record)}") from None
-        finally:
-            client.close()
-            if running is not None:
-                running.close()
-            await self.delete(record)
-            self._journal.remove(sandbox_id)
 
     def _missing(self) -> str:
         if not self._bwrap:

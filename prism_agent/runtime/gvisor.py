@@ -25,15 +25,13 @@ from prism_agent.cgroups import CgroupLimits, Cgroups
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal, Record, boot_id
 from prism_agent.network.egress import namespace_arguments, resolver_configuration
-from prism_agent.reconcile import Desired, Phase
 from prism_agent.runtime import gvisor_bundle, gvisor_release, host, image
 from prism_agent.runtime.base import Probe, Process, Running, Shared, StartError, Usage
 from prism_agent.runtime.bubblewrap import SUPERVISOR
 from prism_agent.runtime.shape import limits_of, small_bytes, workspace_bytes
-from prism_agent.supervisor.client import SupervisorClient
+from prism_agent.runtime.trial import try_one
 from prism_common.errors import PrismError
 from prism_common.limits import MIB
-from prism_common.names import generate_id
 
 _LOG: Final = "start.log"
 _LOG_BYTES_MAX: Final = 2000
@@ -103,7 +101,7 @@ class GvisorRuntime:
             runsc = await asyncio.to_thread(gvisor_release.find_runsc)
             self._runsc = runsc.path
             await asyncio.to_thread(self._prepare)
-            await self._try_one()
+            await try_one(self, self._journal)
         except (gvisor_release.NoRunscError, OSError, StartError, PrismError) as error:
             return Probe(ready=False, message=str(error))
         return Probe(ready=True, version=runsc.version)
@@ -122,34 +120,6 @@ class GvisorRuntime:
     def _prepare(self) -> None:
         self._etc = image.build_etc(self._image)
         self._root = gvisor_bundle.build_root(self._image, SUPERVISOR)
-
-    async def _try_one(self) -> None:
-        sandbox_id = generate_id("probe")
-        record = Record(
-            sandbox_id=sandbox_id,
-            name="probe",
-            generation=0,
-            start_count=0,
-            phase=Phase.DELETING,
-            desired=Desired.DELETED,
-            wanted_start_count=0,
-            spec=b"",
-            expire_time_s=0.0,
-            grace_s=0.0,
-            reschedules=False,
-            runtime=self.name,
-        )
-        running: Running | None = None
-        client = SupervisorClient(lambda _: None, lambda: None)
-        try:
-            running = await self.start(record, sandbox_pb2.SandboxSpec())
-            await client.connect(self._shared(record) / "control")
-        finally:
-            client.close()
-            if running is not None:
-                running.close()
-            await self.delete(record)
-            self._journal.remove(sandbox_id)
 
     # ── start ──
 

@@ -1,0 +1,46 @@
+"""One sandbox that shows whether a runtime works here: it is started, spoken to, and removed."""
+
+from prism.sandbox.v1 import sandbox_pb2
+
+from prism_agent.journal import Journal, Record
+from prism_agent.model import Desired, Phase
+from prism_agent.runtime.base import Running, Runtime, StartError
+from prism_agent.supervisor.client import SupervisorClient
+from prism_common.errors import SandboxGoneError
+from prism_common.names import generate_id
+
+
+async def try_one(runtime: Runtime, journal: Journal) -> None:
+    """Start a sandbox, have its supervisor answer, and remove it.
+
+    Raises:
+        StartError, OSError: It does not work here.
+    """
+    record = Record(
+        sandbox_id=generate_id("probe"),
+        name="probe",
+        generation=0,
+        start_count=0,
+        phase=Phase.DELETING,
+        desired=Desired.DELETED,
+        wanted_start_count=0,
+        spec=b"",
+        expire_time_s=0.0,
+        grace_s=0.0,
+        reschedules=False,
+        runtime=runtime.name,
+    )
+    running: Running | None = None
+    client = SupervisorClient(lambda _: None, lambda: None)
+    try:
+        running = await runtime.start(record, sandbox_pb2.SandboxSpec())
+        if running.control_socket is not None:
+            await client.connect(running.control_socket)
+    except SandboxGoneError:
+        raise StartError(f"it did not start: {runtime.explain(record)}") from None
+    finally:
+        client.close()
+        if running is not None:
+            running.close()
+        await runtime.delete(record)
+        journal.remove(record.sandbox_id)
