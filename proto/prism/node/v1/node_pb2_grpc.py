@@ -5,7 +5,7 @@ import warnings
 
 from prism.node.v1 import node_pb2 as prism_dot_node_dot_v1_dot_node__pb2
 
-GRPC_GENERATED_VERSION = '1.78.2'
+GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
