@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -44,6 +45,11 @@ def last_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"the last release cannot be taken from the history (a shallow clone?): {said}")
     code = tmp_path_factory.mktemp("last-release")
     subprocess.run(["tar", "-x", "-C", str(code)], input=archive.stdout, check=True)
+    # It runs with this environment's gRPC, and the stubs that it came with refuse an older one.
+    proto = code / "proto"
+    sources = [str(path) for path in sorted((proto / "prism").rglob("*.proto"))]
+    stubs = ["-m", "grpc_tools.protoc", f"-I{proto}", f"--grpc_python_out={proto}", *sources]
+    subprocess.run([sys.executable, *stubs], check=True)
     return code
 
 
