@@ -17,7 +17,8 @@ CHANNEL_OPTIONS: Final[tuple[tuple[str, int], ...]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", int(limits.RECONNECT_MIN_S * 1000)),
-    ("grpc.min_reconnect_backoff_ms", int(limits.RECONNECT_MIN_S * 1000)),
+    # In spite of its name: how long one attempt to connect may take at least.
+    ("grpc.min_reconnect_backoff_ms", int(limits.CONNECT_TIMEOUT_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", int(limits.RECONNECT_MAX_S * 1000)),
     # Never through the environment's HTTP proxy: peers are dialled directly.
     ("grpc.enable_http_proxy", 0),

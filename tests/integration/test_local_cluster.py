@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -74,11 +75,19 @@ class LocalCluster:
         return [node["id"] for node in nodes]
 
 
-def free_base() -> int:
-    """Return a base of which the first ports are free; the rest are checked by `up`."""
+def is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 65000)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def free_base() -> int:
+    """Return a base whose ports are free, below those that the kernel gives to connections."""
+    bases = random.sample(range(15_000, 32_000, 100), 100)
+    return next(base for base in bases if all(is_free(base + n) for n in range(50)))
 
 
 def processes_of(text: str) -> list[str]:
