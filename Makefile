@@ -7,9 +7,12 @@ BIN := $(VENV)/bin
 SEEDS ?= 300
 SECONDS ?= 60
 ROUNDS ?= 5
+KILLS ?= 100
+SEED ?= 1
+RUNTIME ?= bubblewrap
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help up down status test lint format proto sim mutants nemesis bench gvisor install install-dev constraints clean
+.PHONY: help up down status test lint format proto sim mutants nemesis kills bench gvisor install install-dev constraints clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +60,9 @@ mutants: install-dev ## Check that the simulator catches every known bug.
 nemesis: install-dev ## Hurt real clusters of three and five nodes, as root: make nemesis SECONDS=60.
 	$(BIN)/python -m tests.nemesis.run --members 3 --seconds $(SECONDS)
 	$(BIN)/python -m tests.nemesis.run --members 5 --seconds $(SECONDS)
+
+kills: install-dev ## Kill an agent and its sandboxes at random: make kills KILLS=1000 RUNTIME=both.
+	PYTHONPATH=.:proto $(BIN)/python -m tests.integration.agent.random_kills --kills $(KILLS) --seed $(SEED) --runtime $(RUNTIME)
 
 bench: install-dev ## Measure clusters of its own on this machine: make bench ROUNDS=5, or QUICK=1.
 	PYTHONPATH=.:proto $(BIN)/python bench/run.py --rounds $(ROUNDS) --seconds $(SECONDS) $(if $(QUICK),--quick)

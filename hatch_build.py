@@ -9,7 +9,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_SOURCES = ("supervisor.c", "output.c", "start.c", "launch.c", "socket.c", "named.c", "rate.c")
+_SOURCES = ("supervisor.c", "output.c", "start.c", "launch.c", "socket.c", "named.c", "rate.c",
+            "relay.c")  # fmt: skip
 _FLAGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-static")
 
 

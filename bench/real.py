@@ -4,7 +4,8 @@
 
 Three control nodes and one prism-agent with every runtime that works here. What removed sandboxes
 leave on this machine is looked for too: processes, cgroups and mounts. `first-exec-warm` has an
-agent of its own, with prepared sandboxes for all of its starts.
+agent of its own, with prepared sandboxes for all of its starts (`--warm-pool` for fewer), and says
+how many of them came from the pool.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from prism.node.v1 import node_pb2
 from bench.local import LocalTarget
 from bench.part import Results, leave_on_signals, parser
 from prism_agent.runtime import host
-from prism_cli.bench.figures import Bar, Outcome
+from prism_cli.bench.figures import Bar, Outcome, Round
 from prism_cli.bench.real import REAL, first_exec
 from prism_cli.bench.runner import Keep, run_workloads
+from prism_cli.bench.target import Target
 from prism_cli.bench.workloads import Size, Workload
 from prism_cli.errors import CliError
 from prism_common.errors import PrismError
@@ -40,6 +42,7 @@ STOP_TIMEOUT_S = 60.0
 QUICK = Size(count=20)
 #: More than a round starts, since a pool is filled only while nothing starts.
 POOL = 32
+POOL_MAX = 1000
 MAIN = "from prism_agent.main import main; main()"
 
 
@@ -66,11 +69,17 @@ class Agent:
 
     def prepared(self) -> int:
         """Return how many sandboxes wait in its warm pool."""
+        return self._counts(r'prism_agent_warm{state="(ready)"}').get("ready", 0)
+
+    def starts(self) -> dict[str, int]:
+        """Return how many starts found a prepared sandbox, or why they did not."""
+        return self._counts(r'prism_agent_warm_starts_total{result="(\w+)"}')
+
+    def _counts(self, pattern: str) -> dict[str, int]:
+        """Return a metric's values by the label that the pattern takes out."""
         with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=5) as answer:
-            found = re.search(
-                r'^prism_agent_warm{state="ready"} (\S+)$', answer.read().decode(), re.M
-            )
-        return int(float(found[1])) if found else 0
+            found = re.findall(rf"^{pattern} (\S+)$", answer.read().decode(), re.M)
+        return {label: int(float(value)) for label, value in found}
 
     def left(self) -> int:
         """Return how many processes, cgroups and mounts its sandboxes have on this machine."""
@@ -140,31 +149,55 @@ def running(*flags: str) -> Iterator[tuple[harness.Cluster, Agent]]:
 class WarmTarget(RealTarget):
     """The same with a warm pool, which is full when a round begins."""
 
+    def __init__(self, cluster: harness.Cluster, agent: Agent, pool: int) -> None:
+        super().__init__(cluster, agent)
+        self._pool = pool
+
     async def find(self) -> None:
-        """Find the leader, and wait until as many are prepared as a round starts."""
+        """Find the leader, and wait until all are prepared that there should be."""
         await super().find()
         agent = self._agent
         try:
             await asyncio.to_thread(
-                harness.wait_for, f"{POOL} prepared sandboxes",
-                lambda: agent.check() and agent.prepared() >= POOL, TIMEOUT_S,
+                harness.wait_for, f"{self._pool} prepared sandboxes",
+                lambda: agent.check() and agent.prepared() >= self._pool, TIMEOUT_S,
             )  # fmt: skip
         except AssertionError as error:
             raise CliError(str(error)) from None
 
+    async def first_exec(self, _: Target, size: Size) -> Round:
+        """Create and run one after the other, and count what came from the pool."""
+        before = await asyncio.to_thread(self._agent.starts)
+        found = await first_exec(self, size)
+        after = await asyncio.to_thread(self._agent.starts)
+        for result in ("prepared", "none_ready", "unfit"):
+            found.figures[f"starts_{result}"] = after.get(result, 0) - before.get(result, 0)
+        return found
 
-WARM = Workload(
-    "first-exec-warm", "create to the first exec's result, from the warm pool", first_exec,
-    (Bar("bubblewrap_first_exec_p50_ms", "at most", 10),),
+
+WARM = "first-exec-warm"
+WARM_SUMMARY = "create to the first exec's result, from the warm pool"
+WARM_BARS = (
+    Bar("bubblewrap_first_exec_p50_ms", "at most", 10), Bar("starts_none_ready", "at most", 0),
+    Bar("starts_unfit", "at most", 0),
 )  # fmt: skip
 
 
-async def measure(
-    chosen: Sequence[Workload], rounds: int, size: Size, keep: Keep, *flags: str
-) -> None:
-    """Run the rounds of all on an agent with these flags."""
-    with running(*flags) as (cluster, agent):
-        async with (WarmTarget if flags else RealTarget)(cluster, agent) as target:
+async def measure_warm(pool: int, rounds: int, size: Size, keep: Keep) -> None:
+    """Run the rounds of `first-exec-warm` on an agent with a pool."""
+    with running(f"--warm-pool={pool}", "--runtime=bubblewrap") as (cluster, agent):
+        async with WarmTarget(cluster, agent, pool) as target:
+            workload = Workload(WARM, WARM_SUMMARY, target.first_exec, WARM_BARS)
+            try:
+                await run_workloads(target, [workload], rounds, size, keep)
+            finally:
+                await target.remove_run()
+
+
+async def measure(chosen: Sequence[Workload], rounds: int, size: Size, keep: Keep) -> None:
+    """Run the rounds of all on an agent without a pool."""
+    with running() as (cluster, agent):
+        async with RealTarget(cluster, agent) as target:
             try:
                 await run_workloads(target, chosen, rounds, size, keep)
             finally:
@@ -174,24 +207,28 @@ async def measure(
 def main() -> int:
     """Measure and print."""
     flags = parser(__doc__ or "")
+    flags.add_argument(
+        "--warm-pool", type=int, default=POOL, metavar="N", help="prepared for first-exec-warm"
+    )
     flags.add_argument("workloads", nargs="*", help="as `prismctl bench list` names them")
     arguments = flags.parse_args()
-    known = {workload.name: workload for workload in (*REAL, WARM)}
+    known = {workload.name: workload for workload in REAL}
     for name in arguments.workloads:
-        if name not in known:
-            flags.error(f"{name!r} is none of {', '.join(known)}")
-    chosen = [known[name] for name in arguments.workloads or known]
+        if name not in (*known, WARM):
+            flags.error(f"{name!r} is none of {', '.join((*known, WARM))}")
+    if not 1 <= arguments.warm_pool <= POOL_MAX:
+        flags.error(f"--warm-pool: {arguments.warm_pool} is not 1 to {POOL_MAX}")
+    chosen = arguments.workloads or [*known, WARM]
     leave_on_signals()
-    done = [Outcome(each.name, each.summary, each.bars) for each in chosen if each is WARM]
-    cold = [each for each in chosen if each is not WARM]
+    done = [Outcome(WARM, WARM_SUMMARY, WARM_BARS)] if WARM in chosen else []
+    cold = [known[name] for name in chosen if name != WARM]
     results = Results(arguments, done)
     size = QUICK if arguments.quick else Size()
     if done and os.geteuid() != 0:
         done[0].skipped = "needs root, as the warm pool does"
     elif done:
-        flags_of_pool = (f"--warm-pool={POOL}", "--runtime=bubblewrap")
         try:
-            asyncio.run(measure([WARM], arguments.rounds, size, results.keep, *flags_of_pool))
+            asyncio.run(measure_warm(arguments.warm_pool, arguments.rounds, size, results.keep))
         except (AssertionError, PrismError) as error:
             # Without a pool the rest can still be measured.
             results.outcomes[0].error = str(error)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import signal
 import tempfile
 from pathlib import Path
@@ -21,6 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal
+from prism_agent.main import GC_THRESHOLDS
 from prism_agent.metrics import AgentMetrics
 from prism_agent.reconcile import Reconciler
 from prism_agent.reports import ReportQueue
@@ -123,6 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.agents <= AGENTS_MAX:
         parser.error(f"--agents: {arguments.agents} is not 1 to {AGENTS_MAX}")
+    gc.set_threshold(*GC_THRESHOLDS)
     control = [part.strip() for part in arguments.control.split(",") if part.strip()]
     if arguments.data_dir:
         asyncio.run(run(arguments.agents, control, arguments.data_dir, arguments.prefix))

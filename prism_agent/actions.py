@@ -4,76 +4,67 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class _OfOne:
+    """What is to be done with one sandbox."""
+
+    sandbox_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _WithGrace(_OfOne):
+    """The same, where its processes are asked to end before they are killed."""
+
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start(_OfOne):
     """Make it, or make it again with its files."""
 
-    sandbox_id: str
-
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(_WithGrace):
     """SIGTERM, the grace period, SIGKILL; keep the files."""
 
-    sandbox_id: str
-    grace_s: float
-
 
 @dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(_OfOne):
     """Freeze its processes."""
 
-    sandbox_id: str
-
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(_OfOne):
     """Thaw its processes."""
 
-    sandbox_id: str
-
 
 @dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(_WithGrace):
     """Stop it if it runs, and leave nothing of it."""
 
-    sandbox_id: str
-    grace_s: float
-
 
 @dataclass(frozen=True, slots=True)
-class Hurry:
+class Hurry(_WithGrace):
     """Shorten the grace period of the stop under way."""
 
-    sandbox_id: str
-    grace_s: float
-
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class Update(_OfOne):
     """The deadline changed: keep it, and set the timer anew."""
 
-    sandbox_id: str
-
 
 @dataclass(frozen=True, slots=True)
-class Resize:
+class Resize(_OfOne):
     """What it may use changed: keep that, and hold it to it if it has processes."""
 
-    sandbox_id: str
-
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(_OfOne):
     """Tell the leader how it is."""
 
-    sandbox_id: str
-
 
 @dataclass(frozen=True, slots=True)
-class Forget:
+class Forget(_OfOne):
     """Drop its record: the leader knows that nothing is left."""
-
-    sandbox_id: str
 
 
 Action = Start | Stop | Pause | Resume | Delete | Hurry | Update | Resize | Report | Forget

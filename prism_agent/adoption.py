@@ -8,6 +8,7 @@ import time
 from prism_agent.edge import Edge, warn
 from prism_agent.journal import Record, boot_id
 from prism_agent.reconcile import UP, Phase
+from prism_agent.runtime.base import process_start_ticks
 from prism_common.errors import SandboxGoneError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,10 @@ class Adoption:
         """Take over what the journal knows, and remove what it does not know."""
         journal = self._edge.journal
         records, strays = journal.load()
+        for record in [each for each in records.values() if each.uncertain]:
+            if not self._confirm(record):
+                del records[record.sandbox_id]
+                strays.append(record.sandbox_id)
         for runtime in self._edge.runtimes.values():
             for found in await runtime.sweep(set(records)):
                 logger.warning("removed a leftover", extra={"leftover": found})
@@ -31,6 +36,21 @@ class Adoption:
             await asyncio.to_thread(journal.remove, name)
         for record in records.values():
             await self._adopt(record)
+
+    def _confirm(self, record: Record) -> bool:
+        """Whether what was true of a sandbox once is true still: its newest record was lost.
+
+        It is if the supervisor of then lives: each later start has another. What runs no more may
+        have been started again, stopped or removed since. It must not begin anew as if nothing
+        had been, so the leader is told that nothing of it is here, and says that it is lost.
+        """
+        ran = record.boot_id == boot_id() and record.phase in UP | {Phase.STOPPING, Phase.DELETING}
+        if ran and _is_alive(record):
+            record.uncertain = False
+            self._edge.journal.put(record)
+            return True
+        logger.error("lost: its newest record was damaged", extra={"sandbox": record.sandbox_id})
+        return False
 
     async def _adopt(self, record: Record) -> None:
         self._check_boot(record)
@@ -82,3 +102,10 @@ class Adoption:
             record.phase, record.phase_time_s = Phase.FAILED, time.time()
             record.reason = "NODE_REBOOTED"
             record.message = "its node was rebooted; its processes and files are gone"
+
+
+def _is_alive(record: Record) -> bool:
+    try:
+        return process_start_ticks(record.pid) == record.pid_start_ticks
+    except ProcessLookupError:
+        return False

@@ -72,6 +72,9 @@ class Cgroups(Protocol):
     def usage(self, name: str) -> CgroupUsage:
         """Measure."""
 
+    def oom_kills(self, name: str) -> int:
+        """Return how many processes in it the kernel has killed for memory."""
+
     def total(self) -> CgroupUsage:
         """Measure all sandboxes together, with those of the past in what is counted."""
 
@@ -145,7 +148,8 @@ class _Directories:
         #: Those of sandboxes that are gone.
         self._oom_kills_removed = 0
 
-    def _oom_kills(self, name: str) -> int:
+    def oom_kills(self, name: str) -> int:
+        """Return how many processes in it the kernel has killed for memory."""
         raise NotImplementedError
 
     def _paths(self, name: str) -> list[Path]:
@@ -225,7 +229,7 @@ class _Directories:
 
     def remove(self, name: str) -> None:
         self.kill(name)
-        self._oom_kills_removed += self._oom_kills(name)
+        self._oom_kills_removed += self.oom_kills(name)
         for path in self._paths(name):
             _remove_directory(path)
 
@@ -323,12 +327,13 @@ class CgroupsV1(_Directories):
             processes=_read_number(self._controllers["pids"] / name / "pids.current")
             if "pids" in self._controllers
             else len(self.pids(name)),
-            oom_kills=self._oom_kills(name),
+            oom_kills=self.oom_kills(name),
             cpu_ns=self._cpu_ns(name),
             memory_limit_bytes=_read_number(memory / "memory.limit_in_bytes"),
         )
 
-    def _oom_kills(self, name: str) -> int:
+    def oom_kills(self, name: str) -> int:
+        """Return how many processes in it the kernel has killed for memory."""
         memory = self._controllers["memory"] / name
         return _read_field(memory / "memory.oom_control", "oom_kill")
 
@@ -340,7 +345,7 @@ class CgroupsV1(_Directories):
         """Measure all; what the kernel killed it counts for each sandbox only."""
         return CgroupUsage(
             memory_bytes=_read_number(self._controllers["memory"] / "memory.usage_in_bytes"),
-            oom_kills=self._oom_kills_removed + sum(map(self._oom_kills, self.names())),
+            oom_kills=self._oom_kills_removed + sum(map(self.oom_kills, self.names())),
             cpu_ns=self._cpu_ns("."),
         )
 
@@ -386,19 +391,20 @@ class CgroupsV2(_Directories):
         return CgroupUsage(
             memory_bytes=_read_number(path / "memory.current"),
             processes=_read_number(path / "pids.current"),
-            oom_kills=self._oom_kills(name),
+            oom_kills=self.oom_kills(name),
             cpu_ns=_nanoseconds(path / "cpu.stat", "usage_usec", 1000),
             memory_limit_bytes=_read_number(path / "memory.max"),
         )
 
-    def _oom_kills(self, name: str) -> int:
+    def oom_kills(self, name: str) -> int:
+        """Return how many processes in it the kernel has killed for memory."""
         return _read_field(self._root / name / "memory.events", "oom_kill")
 
     def total(self) -> CgroupUsage:
         """Measure all; version 2 counts it for the agent's own cgroup, with what is gone."""
         return CgroupUsage(
             memory_bytes=_read_number(self._root / "memory.current"),
-            oom_kills=self._oom_kills("."),
+            oom_kills=self.oom_kills("."),
             cpu_ns=_nanoseconds(self._root / "cpu.stat", "usage_usec", 1000),
         )
 

@@ -20,7 +20,7 @@ from prism_agent.journal import Journal, Record, record_of
 from prism_agent.metrics import AgentMetrics
 from prism_agent.reconcile import UP, Action, Phase, Reconciler, Sandbox
 from prism_agent.reports import ReportQueue
-from prism_agent.runtime.base import Runtime, Usage
+from prism_agent.runtime.base import Runtime
 from prism_agent.works import Works
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Edge:
             return Execs(
                 directory,
                 spec,
-                lambda: self._usage(record),
+                lambda: self._oom_kills(record),
                 lambda: self._lease_left_s(record),
                 self.metrics,
             )
@@ -118,9 +118,9 @@ class Edge:
         hosted = self.hosted[record.sandbox_id] = Hosted(record, spec, make_execs)
         return hosted
 
-    def _usage(self, record: Record) -> Usage:
+    def _oom_kills(self, record: Record) -> int:
         runtime = self.runtimes.get(record.runtime)
-        return runtime.usage(record) if runtime else Usage()
+        return runtime.oom_kills(record) if runtime else 0
 
     # ── the lease ──
 
@@ -134,6 +134,15 @@ class Edge:
         for hosted in self.hosted.values():
             if hosted.record.reschedules:
                 self.extend_lease(hosted)
+
+    def restore_lease(self, until_s: float) -> None:
+        """Let what is started before a leader is heard have the lease of the process before us.
+
+        Without one it would outlive this process for ever, should that be killed before it hears
+        a leader. What was adopted is not told: its supervisor knows by a clock that nobody sets.
+        """
+        if self._lease_until_s is None:
+            self._lease_until_s = until_s
 
     def extend_lease(self, hosted: Hosted) -> None:
         """Tell a sandbox's supervisor for how long it may go on without its agent.

@@ -1,6 +1,7 @@
 """One exec: its record on disk, and how it is now."""
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -9,8 +10,17 @@ from pathlib import Path
 import msgspec
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.data_directory import write_atomically
-from prism_agent.supervisor.protocol import ProtocolError, Reason, RingHeader, State
+from prism_agent import limits
+from prism_agent.data_directory import write_all
+from prism_agent.exec_input import ExecInput
+from prism_agent.output_room import OutputRoom
+from prism_agent.supervisor.protocol import (
+    RING_HEADER_BYTES,
+    ProtocolError,
+    Reason,
+    RingHeader,
+    State,
+)
 from prism_agent.supervisor.ring import Ring
 
 logger = logging.getLogger(__name__)
@@ -55,6 +65,9 @@ class Exec:
     def __init__(self, directory: Path, record: ExecRecord) -> None:
         self.record = record
         self._directory = directory
+        self._room = OutputRoom(directory)
+        #: How much output is kept of it while it runs; 0: its file says it.
+        self._ring_bytes = 0
         #: The last that was read of its ring; refreshed when the supervisor says so.
         self.header: RingHeader | None = None
         #: Set, and replaced by a new one, at each change.
@@ -70,13 +83,26 @@ class Exec:
         #: The window that the supervisor was told last.
         self.window = 0
         self.release: asyncio.TimerHandle | None = None
-        self.stdin_fd = -1
-        self.stdin_lock = asyncio.Lock()
+        self.input = ExecInput()
 
     @property
     def ring_path(self) -> Path:
         """Its output."""
-        return self._directory / f"{self.record.number}.ring"
+        return self._room.directory / f"{self.record.number}.ring"
+
+    @property
+    def ring_bytes(self) -> int:
+        """How much output is kept of it while it runs."""
+        if not self._ring_bytes:
+            try:
+                self._ring_bytes = self.ring_path.stat().st_size - RING_HEADER_BYTES
+            except FileNotFoundError:
+                return limits.RING_BYTES
+        return self._ring_bytes
+
+    @ring_bytes.setter
+    def ring_bytes(self, size: int) -> None:
+        self._ring_bytes = size
 
     @property
     def record_path(self) -> Path:
@@ -90,8 +116,17 @@ class Exec:
         return not self.lost and not self.refused and not ended
 
     def save(self) -> None:
-        """Write the record."""
-        write_atomically(self.record_path, msgspec.json.encode(self.record), durable=False)
+        """Write the record: a line of its file, of which the last whole one counts.
+
+        A file that is made or replaced costs several times as much, and each exec has two writes.
+        """
+        line = b"\n" + msgspec.json.encode(self.record) + b"\n"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        descriptor = os.open(self.record_path, flags, 0o600)
+        try:
+            write_all(descriptor, line)
+        finally:
+            os.close(descriptor)
 
     def notify(self) -> None:
         """Wake all who wait for a change."""
@@ -118,11 +153,12 @@ class Exec:
             ring.close()
         return self.header
 
-    def close_stdin(self) -> None:
-        """Close our end of its standard input."""
-        if self.stdin_fd >= 0:
-            os.close(self.stdin_fd)
-            self.stdin_fd = -1
+    def disk_bytes(self) -> int:
+        """Return what its output takes on disk; 0: it was given up."""
+        try:
+            return os.stat(self.ring_path).st_blocks * 512
+        except FileNotFoundError:
+            return 0
 
     def remove(self) -> None:
         """Remove its files."""
@@ -162,13 +198,22 @@ def load_execs(directory: Path) -> list[Exec]:
     if not directory.is_dir():
         return execs
     for path in directory.glob("*.json"):
-        try:
-            record = msgspec.json.decode(path.read_bytes(), type=ExecRecord)
-        except (msgspec.MsgspecError, OSError):
-            continue
-        if record.version == VERSION:
+        record = _read_record(path)
+        if record is not None and record.version == VERSION:
             execs.append(Exec(directory, record))
     return sorted(execs, key=lambda each: each.record.number)
+
+
+def _read_record(path: Path) -> ExecRecord | None:
+    """Return the last record that a file has whole; None: it has none."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(msgspec.MsgspecError):
+            return msgspec.json.decode(line, type=ExecRecord)
+    return None
 
 
 def sweep_rings(directory: Path) -> int:
@@ -181,8 +226,8 @@ def sweep_rings(directory: Path) -> int:
     highest = 0
     if not directory.is_dir():
         return highest
-    for ring in directory.glob("*.ring"):
-        if not ring.with_suffix(".json").exists():
+    for ring in OutputRoom(directory).directory.glob("*.ring"):
+        if not (directory / f"{ring.stem}.json").exists():
             ring.unlink()
         elif ring.stem.isdecimal():
             highest = max(highest, int(ring.stem))

@@ -7,6 +7,7 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.exec_record import Exec
 from prism_agent.execs import Execs
+from prism_agent.output_bytes import encode_outputs
 from prism_agent.supervisor.protocol import Output, State
 from prism_agent.supervisor.ring import Ring
 from prism_common.errors import NotFoundError, SandboxGoneError
@@ -14,8 +15,8 @@ from prism_common.errors import NotFoundError, SandboxGoneError
 
 async def follow(
     execs: Execs, each: Exec, after_sequence: int, check: Callable[[], None]
-) -> AsyncIterator[sandbox_pb2.ExecResponse]:
-    """Yield an exec's output after a sequence number, then how it ended.
+) -> AsyncIterator[sandbox_pb2.ExecResponse | bytes]:
+    """Yield an exec's output after a sequence number, encoded, then how it ended.
 
     The caller takes the next piece when the client has room for it; until then the exec may write
     as much as its ring holds, and not more. `check` is called whenever the exec has changed, and
@@ -31,13 +32,12 @@ async def follow(
     token = object()
     try:
         if ring is not None:
-            async for output in _follow_ring(execs, each, ring, token, check):
-                piece = _after(output, after_sequence)
-                if piece is not None:
-                    yield sandbox_pb2.ExecResponse(output=piece)
-        elif each.running:
-            raise NotFoundError("the exec's output is gone")
+            async for outputs in _follow_ring(execs, each, ring, token, check):
+                for response in encode_outputs(outputs, after_sequence):
+                    yield response
         status = each.exit()
+        if status is None and ring is None:
+            raise NotFoundError("what came of the exec is no longer kept", field="exec_id")
         if status is None:
             raise SandboxGoneError("the sandbox ended before the exec did")
         yield sandbox_pb2.ExecResponse(exit=status)
@@ -49,17 +49,16 @@ async def follow(
 
 async def _follow_ring(
     execs: Execs, each: Exec, ring: Ring, token: object, check: Callable[[], None]
-) -> AsyncIterator[Output]:
-    """Yield output until the exec has ended and all that it wrote before was yielded."""
+) -> AsyncIterator[list[Output]]:
+    """Yield what each read gives until the exec has ended and all that it wrote was yielded."""
     offset = ring.header().tail
     execs.hold(each, token, offset)
     while True:
         changed = each.changed
         check()
         outputs, offset = ring.read(offset)
-        for output in outputs:
-            yield output
         if outputs:
+            yield outputs
             execs.hold(each, token, offset)
             continue
         header = ring.header()
@@ -70,22 +69,11 @@ async def _follow_ring(
             return
         if offset < header.head:
             continue
-        if each.lost:
+        if each.lost or each.forgotten:
+            # Its supervisor says no more of it.
             return
         execs.want_more(each, offset)
         await changed.wait()
-
-
-def _after(output: Output, sequence: int) -> sandbox_pb2.ExecOutput | None:
-    """Return what of a piece lies after a sequence number; None: nothing."""
-    missing = output.sequence - sequence
-    if missing <= 0:
-        return None
-    return sandbox_pb2.ExecOutput(
-        sequence=output.sequence,
-        stream=sandbox_pb2.OutputStream.ValueType(output.stream),
-        data=output.data[-missing:] if missing < len(output.data) else output.data,
-    )
 
 
 async def logs(

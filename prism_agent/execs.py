@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import time
@@ -12,18 +11,18 @@ from pathlib import Path
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
-from prism_agent.exec_record import Exec, ExecRecord, digest_of, load_execs, sweep_rings
+from prism_agent.exec_launch import launch
+from prism_agent.exec_record import Exec, ExecRecord, digest_of
+from prism_agent.exec_table import ExecTable
 from prism_agent.metrics import AgentMetrics
-from prism_agent.runtime.base import Running, Usage
+from prism_agent.output_room import OutputRoom
+from prism_agent.runtime.base import Running
 from prism_agent.shared_files import SharedFiles
 from prism_agent.supervisor import protocol
 from prism_agent.supervisor.client import SupervisorClient
 from prism_agent.supervisor.protocol import Event, Message, Reason, Request, State
-from prism_agent.supervisor.ring import Ring
 from prism_common.errors import (
-    NotFoundError,
     QueueFullError,
-    RequestIdReusedError,
     SandboxGoneError,
     WrongStateError,
 )
@@ -31,9 +30,6 @@ from prism_common.names import generate_id
 
 logger = logging.getLogger(__name__)
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-#: What nearly every program knows; a client names its own terminal in env.
-_TERM = "xterm-256color"
 #: Ends the input of a terminal as Ctrl-D does.
 _END_OF_INPUT = b"\x04"
 _SIGKILL = 9
@@ -45,7 +41,7 @@ class Execs:
     Args:
         directory: The sandbox's directory on the host; execs are kept below it.
         spec: The sandbox's; its env is every exec's.
-        usage: Measures the sandbox.
+        oom_kills: Says how many processes of it the kernel has killed for memory.
         lease_left_s: Says for how long it may go on without its agent; None: for ever.
         metrics: Counts.
     """
@@ -54,22 +50,20 @@ class Execs:
         self,
         directory: Path,
         spec: sandbox_pb2.SandboxSpec,
-        usage: Callable[[], Usage],
+        oom_kills: Callable[[], int],
         lease_left_s: Callable[[], float | None],
         metrics: AgentMetrics,
     ) -> None:
         self.directory = directory / "execs"
         self._spec = spec
-        self._usage = usage
+        self._oom_kills = oom_kills
         self._metrics = metrics
         self._lease_left_s = lease_left_s
         self._client: SupervisorClient | None = None
         #: What execs come in where no descriptor can be passed.
         self._shared: SharedFiles | None = None
-        self._execs: dict[str, Exec] = {}
-        self._numbers: dict[int, Exec] = {}
-        self._requests: dict[str, Exec] = {}
-        self._next_number = sweep_rings(self.directory) + 1
+        self._room = OutputRoom(self.directory)
+        self._table = ExecTable(self.directory)
         #: Numbers that the supervisor has named since we connected.
         self._known: set[int] = set()
         self._known_changed = asyncio.Event()
@@ -79,24 +73,10 @@ class Execs:
         #: File calls under way: they too are a use of the sandbox.
         self._calls = 0
         self._oom_kills_seen = 0
+        #: Connections to ports that the supervisor was asked for.
+        self._relays = 0
         #: Set, and replaced, when any exec of the sandbox starts or changes: for logs.
         self.changed = asyncio.Event()
-        for each in load_execs(self.directory):
-            self._add(each)
-            each.lost = False
-
-    def _add(self, each: Exec) -> None:
-        self._execs[each.record.exec_id] = each
-        self._numbers[each.record.number] = each
-        self._requests[each.record.request_id] = each
-        self._next_number = max(self._next_number, each.record.number + 1)
-
-    def _drop(self, each: Exec) -> None:
-        each.close_stdin()
-        self._execs.pop(each.record.exec_id, None)
-        self._numbers.pop(each.record.number, None)
-        self._requests.pop(each.record.request_id, None)
-        each.remove()
 
     # ── the sandbox's life ──
 
@@ -112,20 +92,17 @@ class Execs:
             return
         self.directory.mkdir(mode=0o700, exist_ok=True)
         self._known.clear()
-        client = SupervisorClient(self._on_event, self._on_lost)
-        hello = await client.connect(running.control_socket)
-        self._client = client
-        try:
-            async with asyncio.timeout(limits.SUPERVISOR_TIMEOUT_S):
-                while len(self._known) < hello.b:
-                    self._known_changed.clear()
-                    await self._known_changed.wait()
-        except TimeoutError:
-            raise SandboxGoneError("the sandbox's supervisor does not name its execs") from None
+        client = running.take_client()
+        if client is not None:
+            # A prepared sandbox, which has no execs that it could name.
+            client.serve(self._on_event, self._on_lost)
+            self._client = client
+        else:
+            client = await self._meet(running.control_socket)
         if running.shared is not None:
-            self._shared = SharedFiles(running.shared, self.directory)
+            self._shared = SharedFiles(running.shared, self._room.directory)
             self._shared.sweep()
-        self._oom_kills_seen = self._usage().oom_kills
+        self._oom_kills_seen = self._oom_kills()
         if client.version >= protocol.VERSION_LIMITS:
             bounds = self._spec.limits
             client.send(
@@ -134,8 +111,22 @@ class Execs:
         left_s = self._lease_left_s()
         if left_s is not None:
             self.set_lease(left_s)
-        for each in list(self._numbers.values()):
+        for each in self._table.all():
             self._take_over(each)
+
+    async def _meet(self, control_socket: Path) -> SupervisorClient:
+        """Connect, and return once the supervisor has named all its execs."""
+        client = SupervisorClient(self._on_event, self._on_lost)
+        hello = await client.connect(control_socket)
+        self._client = client
+        try:
+            async with asyncio.timeout(limits.SUPERVISOR_TIMEOUT_S):
+                while len(self._known) < hello.b:
+                    self._known_changed.clear()
+                    await self._known_changed.wait()
+        except TimeoutError:
+            raise SandboxGoneError("the sandbox's supervisor does not name its execs") from None
+        return client
 
     def _take_over(self, each: Exec) -> None:
         """Settle an exec of before: it runs on, has ended, was lost, or was never started."""
@@ -143,15 +134,20 @@ class Execs:
         if header is not None and header.state >= State.EXITED:
             self._last_activity_s = max(self._last_activity_s, header.exit_s)
             self.settle(each)
+            # Else something in the background holds its pipes.
+            each.forgotten = each.record.number not in self._known
         elif each.record.number in self._known:
             if each.readers:
                 # Clients that have read on while nobody could be told.
                 self._send(Message(Request.WINDOW, each.record.number, each.window))
             self._release_later(each)
+        elif header is None and each.record.settled:
+            # It ran, and its output was given up since: it must not run again.
+            each.lost = True
         elif header is None or header.state is State.NEW:
             # The supervisor answers one agent at a time, so what it does not know now it never
             # started: the same request id may run.
-            self._drop(each)
+            self._table.drop(each)
         else:
             each.lost = True
 
@@ -170,8 +166,8 @@ class Execs:
         client, self._client = self._client, None
         if client is not None:
             client.close()
-        for each in self._execs.values():
-            each.close_stdin()
+        for each in self._table.all():
+            each.input.close()
             if each.release is not None:
                 each.release.cancel()
                 each.release = None
@@ -179,12 +175,13 @@ class Execs:
     def lose(self) -> None:
         """The sandbox's processes are gone: what had not ended has no exit status."""
         self.detach()
-        for each in self._execs.values():
+        for each in self._table.all():
             if not each.running:
                 continue
             header = each.refresh()
             if header is not None and header.state >= State.EXITED:
                 self.settle(each)
+                each.forgotten = True
             else:
                 each.lost = True
                 self._metrics.execs.labels("lost").inc()
@@ -202,6 +199,29 @@ class Execs:
             left_s = min(left_s, protocol.LEASE_S_MAX)
             self._send(Message(Request.LEASE, 0, int(left_s * 1e9)))
 
+    def new_relay(self) -> int:
+        """Return a number that no connection to a port of this sandbox has had from this agent."""
+        self._relays += 1
+        return self._relays
+
+    def relay(self, number: int, port: int) -> None:
+        """Have the supervisor connect a socket of the shared directory to a port.
+
+        Raises:
+            WrongStateError: It cannot: an older agent has started it.
+            SandboxGoneError: The sandbox ended.
+        """
+        client = self._client
+        if client is None:
+            raise SandboxGoneError("the sandbox ended")
+        if client.version < protocol.VERSION_RELAY:
+            raise WrongStateError(
+                "the sandbox was started by an older agent and its ports are not reached; stop and "
+                "start it",
+                reason="SUPERVISOR_TOO_OLD",
+            )
+        client.send(Message(Request.RELAY, number, port))
+
     def terminate(self) -> bool:
         """Send SIGTERM to every process; False: there is nobody to ask."""
         if self._client is None:
@@ -215,7 +235,7 @@ class Execs:
     @property
     def busy(self) -> bool:
         """An exec runs, a client follows one, or a file call is under way."""
-        return self._calls > 0 or any(each.running or each.readers for each in self._execs.values())
+        return self._calls > 0 or any(each.running or each.readers for each in self._table.all())
 
     def idle_s(self) -> float:
         """Return for how long nothing has run in the sandbox."""
@@ -237,7 +257,7 @@ class Execs:
 
     def ran_out_of_memory(self) -> bool:
         """The kernel killed a process for memory, and no exec's end explains it."""
-        return self._usage().oom_kills > self._oom_kills_seen
+        return self._oom_kills() > self._oom_kills_seen
 
     # ── events ──
 
@@ -246,7 +266,7 @@ class Execs:
         changed.set()
 
     def _on_event(self, message: Message) -> None:
-        each = self._numbers.get(message.exec_number)
+        each = self._table.numbered(message.exec_number)
         if message.kind == Event.UPDATE:
             self._known.add(message.exec_number)
             self._known_changed.set()
@@ -284,11 +304,11 @@ class Execs:
         record.settled = True
         killed = header.signal == _SIGKILL or header.exit_code == 128 + _SIGKILL
         if killed and header.reason is Reason.NONE and not header.killed:
-            oom_kills = self._usage().oom_kills
+            oom_kills = self._oom_kills()
             record.out_of_memory = oom_kills > record.oom_kills
             self._oom_kills_seen = max(self._oom_kills_seen, oom_kills)
         self._last_activity_s = max(self._last_activity_s, header.exit_s)
-        each.close_stdin()
+        each.input.close()
         try:
             each.save()
         except OSError as error:
@@ -307,13 +327,7 @@ class Execs:
         Raises:
             RequestIdReusedError: It was another request that had this id.
         """
-        known = self._requests.get(start.request_id)
-        if known is not None and known.record.digest != digest_of(start):
-            raise RequestIdReusedError(
-                "start.request_id: it was used in this sandbox to run something else",
-                field="start.request_id",
-            )
-        return known
+        return self._table.find_request(start)
 
     async def start(self, start: sandbox_pb2.ExecStart) -> Exec:
         """Run a command, or return the exec that the same request has started before.
@@ -330,7 +344,7 @@ class Execs:
                 await each.changed.wait()
         if each.refused:
             error = os.strerror(each.refused)
-            self._drop(each)
+            self._table.drop(each)
             raise QueueFullError(f"the sandbox cannot start a process: {error}", retry_after_s=1.0)
         return each
 
@@ -338,7 +352,7 @@ class Execs:
         """Write the record, then have the supervisor run it. No await: one request, one run."""
         if self._client is None:
             raise SandboxGoneError("the sandbox ended")
-        if sum(each.running for each in self._execs.values()) >= limits.EXECS_RUNNING_MAX:
+        if len(self._table.running()) >= limits.EXECS_RUNNING_MAX:
             raise QueueFullError(
                 f"{limits.EXECS_RUNNING_MAX} execs run in this sandbox", retry_after_s=1.0
             )
@@ -347,83 +361,27 @@ class Execs:
                 "the sandbox was started by an older agent and has no terminals; stop and start it",
                 reason="SUPERVISOR_TOO_OLD",
             )
-        self._prune()
+        self._table.prune()
         record = ExecRecord(
             exec_id=generate_id("ex"),
-            number=self._next_number,
+            number=self._table.next_number,
             request_id=start.request_id or generate_id("rq"),
             digest=digest_of(start),
             argv=list(start.argv),
             start_time_s=time.time(),
-            oom_kills=self._usage().oom_kills,
+            oom_kills=self._oom_kills(),
             stdin=start.stdin,
             terminal=start.HasField("terminal"),
         )
         each = Exec(self.directory, record)
-        self._add(each)
+        each.ring_bytes = self._room.ring_bytes(run.ring_bytes for run in self._table.running())
+        self._table.add(each)
         try:
-            self._hand_over(each, start)
+            launch(each, start, self._spec.env, self._client, self._shared)
         except BaseException:
-            self._drop(each)
+            self._table.drop(each)
             raise
         return each
-
-    def _hand_over(self, each: Exec, start: sandbox_pb2.ExecStart) -> None:
-        env = {"PATH": _PATH, "HOME": "/workspace", "LANG": "C.UTF-8", **self._spec.env}
-        if each.record.terminal:
-            env["TERM"] = _TERM
-        env.update(start.env)
-        spec = protocol.encode_spec(start.cwd or "/workspace", list(start.argv), env)
-        descriptors: list[int] = []
-        try:
-            descriptors.append(os.memfd_create("exec", os.MFD_CLOEXEC))
-            os.write(descriptors[0], spec)
-            ring = Ring.create(each.ring_path)
-            descriptors.append(ring.fileno())
-            piped = start.stdin and not each.record.terminal and self._shared is None
-            if piped:
-                read_end, write_end = os.pipe2(os.O_CLOEXEC)
-                descriptors += [read_end, write_end]
-                os.set_blocking(write_end, False)
-            each.save()
-            flags = (protocol.EXEC_STDIN if start.stdin else 0) | (
-                protocol.EXEC_OVERWRITE if start.detach else 0
-            )
-            if each.record.terminal:
-                flags |= protocol.exec_terminal(start.terminal.rows, start.terminal.columns)
-            each.window = protocol.OVERWRITE if start.detach else limits.RING_BYTES
-            timeout_ns = start.timeout.ToNanoseconds()
-            if self._client is None:
-                raise SandboxGoneError("the sandbox ended")
-            if self._shared is not None:
-                self._shared.put(each.record.number, spec, start.stdin)
-            self._client.send(
-                Message(Request.EXEC, each.record.number, timeout_ns, flags),
-                descriptors if self._shared is None else (),
-            )
-            if piped:
-                each.stdin_fd = os.dup(descriptors[3])
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-
-    def _prune(self) -> None:
-        """Give up the output of the oldest execs that have ended, then their request ids."""
-        ended = [each for each in self._execs.values() if not each.running and not each.readers]
-        kept_bytes = 0
-        for position, each in enumerate(reversed(ended)):
-            if position >= limits.REQUESTS_KEPT_MAX:
-                self._drop(each)
-                continue
-            try:
-                kept_bytes += each.ring_path.stat().st_blocks * 512
-            except FileNotFoundError:
-                # The younger ones are looked at first, so all older ones are gone too.
-                if len(ended) <= limits.REQUESTS_KEPT_MAX:
-                    break
-                continue
-            if position >= limits.EXECS_KEPT_MAX or kept_bytes > limits.EXECS_BYTES_MAX:
-                each.ring_path.unlink(missing_ok=True)
 
     # ── for clients ──
 
@@ -433,14 +391,11 @@ class Execs:
         Raises:
             NotFoundError: The sandbox has none of this id.
         """
-        each = self._execs.get(exec_id)
-        if each is None:
-            raise NotFoundError(f"no exec {exec_id} in this sandbox", field="exec_id")
-        return each
+        return self._table.get(exec_id)
 
     def all(self) -> list[Exec]:
         """Return all execs in order of their start."""
-        return list(self._execs.values())
+        return self._table.all()
 
     def signal(self, each: Exec, number: int) -> None:
         """Signal all processes of an exec.
@@ -470,33 +425,26 @@ class Execs:
 
     async def write_stdin(self, each: Exec, data: bytes) -> None:
         """Write to an exec's standard input, as fast as it reads. What it never reads is lost."""
-        async with each.stdin_lock:
-            if each.stdin_fd < 0 and each.running and each.record.stdin and self._client:
-                if self._shared is not None:
-                    each.stdin_fd = self._shared.open_input(each.record.number)
-                else:
-                    each.stdin_fd = await self._client.open_stdin(each.record.number)
-            view = memoryview(data)
-            while view and each.stdin_fd >= 0:
-                try:
-                    view = view[os.write(each.stdin_fd, view) :]
-                except BlockingIOError:
-                    await _writable(each)
-                except OSError as error:
-                    if error.errno not in (errno.EPIPE, errno.EIO):
-                        raise
-                    # It has closed its input, or hung up.
-                    return
+        await each.input.write(data, lambda: self._open_input(each))
+
+    async def _open_input(self, each: Exec) -> int:
+        """Return a descriptor of an exec's standard input; -1: it has none, or was closed."""
+        if not each.running or not each.record.stdin or self._client is None:
+            return -1
+        if self._shared is not None:
+            return self._shared.open_input(each.record.number)
+        return await self._client.open_stdin(each.record.number)
 
     async def close_stdin(self, each: Exec) -> None:
         """End an exec's standard input after what was written."""
         if each.record.terminal and each.record.stdin:
             await self.write_stdin(each, _END_OF_INPUT)
-        async with each.stdin_lock:
-            each.close_stdin()
-            if self._shared is not None:
-                self._shared.end_input(each.record.number)
-            self._send(Message(Request.CLOSE_STDIN, each.record.number))
+        await each.input.close_in_turn(lambda: self._end_input(each))
+
+    def _end_input(self, each: Exec) -> None:
+        if self._shared is not None:
+            self._shared.end_input(each.record.number)
+        self._send(Message(Request.CLOSE_STDIN, each.record.number))
 
     def want_more(self, each: Exec, offset: int) -> None:
         """Have `changed` of the exec set once it has output beyond an offset."""
@@ -511,8 +459,8 @@ class Execs:
         if each.release is not None:
             each.release.cancel()
             each.release = None
-        window = min(each.readers.values()) + limits.RING_BYTES
-        if each.window < 0 or window - each.window >= limits.RING_BYTES // 4:
+        window = min(each.readers.values()) + each.ring_bytes
+        if each.window < 0 or window - each.window >= each.ring_bytes // 4:
             each.window = window
             self._send(Message(Request.WINDOW, each.record.number, window))
 
@@ -533,20 +481,6 @@ class Execs:
         if not each.readers:
             each.window = protocol.OVERWRITE
             self._send(Message(Request.WINDOW, each.record.number, protocol.OVERWRITE))
-
-
-async def _writable(each: Exec) -> None:
-    """Return once the exec's standard input takes more, or is closed."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    # A descriptor of its own, since the exec's may be closed while we wait.
-    descriptor = os.dup(each.stdin_fd)
-    loop.add_writer(descriptor, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_writer(descriptor)
-        os.close(descriptor)
 
 
 def _result(each: Exec) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 from prism.node.v1 import node_pb2
 
+from prism_agent.journal import Journal
 from prism_agent.session import Session
 
 _OK = node_pb2.HEALTH_STATUS_OK
@@ -28,6 +29,8 @@ class Health:
         data_dir: Whose file system counts.
         runtimes: How they were found at the start.
         cgroup: What limits sandboxes; and in words what is missing, empty if nothing is.
+        journal: What it knows of its sandboxes.
+        egress: Whether sandboxes can be given a network.
         session: The control session.
     """
 
@@ -37,12 +40,16 @@ class Health:
         data_dir: Path,
         runtimes: list[node_pb2.RuntimeStatus],
         cgroup: tuple[str, str],
+        journal: Journal,
+        egress: node_pb2.EgressStatus,
         session: Session | None,
     ) -> None:
         self._node_id = node_id
         self._data_dir = data_dir
         self._runtimes = runtimes
         self._cgroup = cgroup
+        self._journal = journal
+        self._egress = egress
         self._session = session
 
     def measure(self) -> node_pb2.GetHealthResponse:
@@ -51,6 +58,8 @@ class Health:
             self._check_runtime(),
             self._check_cgroup(),
             self._check_disk(),
+            self._check_journal(),
+            self._check_network(),
             self._check_memory(),
             self._check_clock(),
             self._check_session(),
@@ -80,6 +89,16 @@ class Health:
         share = usage.free / usage.total
         status = _CRITICAL if share < 0.02 else _WARNING if share < 0.1 else _OK
         return _check("disk", status, text)
+
+    def _check_journal(self) -> node_pb2.HealthCheck:
+        problem = self._journal.problem
+        return _check("journal", _WARNING if problem else _OK, problem or "whole")
+
+    def _check_network(self) -> node_pb2.HealthCheck:
+        # Not a fault: a node without is used for sandboxes that ask for none.
+        if not self._egress.ready:
+            return _check("network", _OK, f"sandboxes are given none: {self._egress.message}")
+        return _check("network", _OK, "egress over IPv4; IPv6 is denied to all sandboxes")
 
     def _check_memory(self) -> node_pb2.HealthCheck:
         memory = psutil.virtual_memory()

@@ -14,7 +14,9 @@ from prism_agent.file_call import FileCall
 from prism_agent.journal import Record
 from prism_agent.model import Assignment, Phase, Sandbox
 from prism_agent.network.forward import Forward
+from prism_agent.network.relayed import Relayed
 from prism_agent.runtime.base import Running
+from prism_common.errors import NotServedError, SandboxGoneError
 
 _OBSERVED = {
     Phase.QUEUED: agent_pb2.OBSERVED_STATE_STARTING,
@@ -68,7 +70,7 @@ class Hosted:
     watch: asyncio.Task[None] | None = None
     #: Loop time at which a stop under way turns into a kill.
     kill_at_s: float = 0.0
-    hurried: asyncio.Event = field(default_factory=asyncio.Event)
+    known_hurried: asyncio.Event | None = None
     #: Held while its processes are being frozen or thawed: its end is told of afterwards.
     freezing: asyncio.Lock = field(default_factory=asyncio.Lock)
     #: File calls under way. They hold its files open, so they are ended with it.
@@ -87,6 +89,13 @@ class Hosted:
             and record.reason == sandbox.reason
             and record.message == sandbox.message
         )
+
+    @property
+    def hurried(self) -> asyncio.Event:
+        """Set when its stop is to be a kill; most never need it, and it is large."""
+        if self.known_hurried is None:
+            self.known_hurried = asyncio.Event()
+        return self.known_hurried
 
     @property
     def execs(self) -> Execs:
@@ -111,6 +120,33 @@ class Hosted:
             self.watch.cancel()
             self.watch = None
 
+    def new_forward(self) -> Forward:
+        """Return a new connection to a port of it, not made yet.
+
+        Raises:
+            NotServedError: This agent may not enter its network.
+            SandboxGoneError: It ends just now.
+        """
+        running, execs = self.running, self.execs
+        if running is None or running.process is None:
+            raise SandboxGoneError("the sandbox ended")
+        if running.shared is not None and not self.record.device:
+            # Its loopback is its own kernel's, and no socket of ours reaches that.
+            return Relayed(
+                running.shared,
+                execs.new_relay(),
+                execs.relay,
+                self.forwards.discard,
+                execs.in_use(),
+            )
+        try:
+            namespace = running.process.open_network()
+        except ProcessLookupError:
+            raise SandboxGoneError("the sandbox ended") from None
+        except OSError as error:
+            raise NotServedError(f"ports by this agent ({error.strerror}): it") from None
+        return Forward(namespace, self.forwards.discard, execs.in_use())
+
     async def end_calls(self) -> None:
         """Have every file call and forward let go of the sandbox, and return when they have."""
         for forward in list(self.forwards):
@@ -122,6 +158,8 @@ class Hosted:
     @property
     def idle_timeout_s(self) -> float:
         """Time without an exec after which it goes; 0: none."""
+        if not self.spec.HasField("idle_timeout"):
+            return 0.0
         idle = self.spec.idle_timeout
         return idle.seconds + idle.nanos / 1e9
 

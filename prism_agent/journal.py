@@ -20,108 +20,26 @@ from typing import Final
 import msgspec
 
 from prism_agent.data_directory import sync_directory, write_all
-from prism_agent.journal_log import JournalFormatError, JournalLog, forget_frame, put_frame
-from prism_agent.model import Assignment, Desired, Phase, Sandbox
+from prism_agent.journal_log import MARKER_BYTES, Damage, JournalFormatError, JournalLog
+from prism_agent.record import VERSION, Record, record_of
 from prism_common.errors import StartupError
+
+#: What it holds comes with it.
+__all__ = ["Journal", "Record", "append", "boot_id", "is_safe_id", "record_of", "replace"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
 FILE: Final = "journal"
+_NEW_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+#: Sandboxes named in one line of the log.
+_NAMES_MAX: Final = 100
 _SAFE_ID: Final = re.compile("[-_]*[A-Za-z0-9][A-Za-z0-9_-]*")
 #: Of earlier versions, in each sandbox's directory: taken over into the journal.
 _OLD_RECORD: Final = "record"
 
 
-class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One sandbox as the journal holds it."""
-
-    version: int = VERSION
-    sandbox_id: str
-    name: str
-    generation: int
-    start_count: int
-    phase: Phase
-    desired: Desired
-    wanted_start_count: int
-    #: Serialized prism.sandbox.v1.SandboxSpec.
-    spec: bytes
-    expire_time_s: float
-    grace_s: float
-    reschedules: bool
-    runtime: str = ""
-    reason: str = ""
-    message: str = ""
-    #: When it came to its phase, wall clock.
-    phase_time_s: float = 0.0
-
-    # ── what runs ──
-    #: The boot of the machine that it was started in: nothing of it outlives that.
-    boot_id: str = ""
-    #: The host uid that its processes run as; 0: none was given.
-    uid: int = 0
-    #: Its supervisor, as the host sees it; 0: none runs.
-    pid: int = 0
-    #: Start time of that process in clock ticks since boot: tells it from a later one of that pid.
-    pid_start_ticks: int = 0
-    #: Name of its cgroup below the agent's; empty: it has none.
-    cgroup: str = ""
-    #: What it was called while it waited in the pool of prepared sandboxes; empty: it did not. Its
-    #: processes and its cgroup have that name for as long as it exists.
-    prepared_as: str = ""
-    #: Something is mounted in its directory.
-    mounted: bool = False
-    #: Name of its network device on the host, and the address inside; empty: it has no network.
-    device: str = ""
-    address: str = ""
-
-    def to_sandbox(self) -> Sandbox:
-        """Return it as the reconciler sees it."""
-        wanted = Assignment(
-            sandbox_id=self.sandbox_id,
-            generation=self.generation,
-            desired=self.desired,
-            start_count=self.wanted_start_count,
-            name=self.name,
-            spec=self.spec,
-            expire_time_s=self.expire_time_s,
-            grace_s=self.grace_s,
-            reschedules=self.reschedules,
-        )
-        return Sandbox(
-            wanted, self.phase, self.start_count, self.runtime, self.reason, self.message
-        )
-
-    def take(self, sandbox: Sandbox) -> None:
-        """Bring it up to what the reconciler holds; what runs stays as it is."""
-        wanted = sandbox.wanted
-        self.name, self.generation = wanted.name, wanted.generation
-        self.desired, self.wanted_start_count = wanted.desired, wanted.start_count
-        self.spec, self.expire_time_s = wanted.spec, wanted.expire_time_s
-        self.grace_s, self.reschedules = wanted.grace_s, wanted.reschedules
-        self.phase, self.start_count = sandbox.phase, sandbox.start_count
-        self.runtime = sandbox.runtime or self.runtime
-        self.reason, self.message = sandbox.reason, sandbox.message
-
-
-def record_of(sandbox: Sandbox) -> Record:
-    """Return a new record: nothing runs yet."""
-    wanted = sandbox.wanted
-    return Record(
-        sandbox_id=wanted.sandbox_id,
-        name=wanted.name,
-        generation=wanted.generation,
-        start_count=sandbox.start_count,
-        phase=sandbox.phase,
-        desired=wanted.desired,
-        wanted_start_count=wanted.start_count,
-        spec=wanted.spec,
-        expire_time_s=wanted.expire_time_s,
-        grace_s=wanted.grace_s,
-        reschedules=wanted.reschedules,
-        reason=sandbox.reason,
-        message=sandbox.message,
-    )
+def _new_log() -> JournalLog:
+    return JournalLog(os.urandom(MARKER_BYTES))
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -155,7 +73,7 @@ class Journal:
         self._file = path.with_name(FILE)
         #: What is to take its place; one that a death has left is not looked at.
         self._new_file = path.with_name(f"{FILE}.new")
-        self._log = JournalLog()
+        self._log = _new_log()
         self._descriptor = -1
         #: What is to be written with the next write; None: it is to be forgotten.
         self._unwritten: dict[str, Record | None] = {}
@@ -167,7 +85,9 @@ class Journal:
         #: An fsync or a cut has failed: nothing is believed to be on disk before a new file is.
         self._doubtful = False
         #: While a new file is made: what is added to the old one meanwhile.
-        self._meanwhile: list[bytes] | None = None
+        self._meanwhile: list[tuple[str, bytes | None]] | None = None
+        #: What was found broken when the file was read, in words; empty: nothing was.
+        self.problem = ""
         #: Guards all of the above; never held while the disk is waited for.
         self._lock = threading.Lock()
         #: Held by the one thread that syncs or replaces the file.
@@ -191,9 +111,9 @@ class Journal:
 
         Nothing may be mounted there.
         """
-        directory = self.directory(sandbox_id)
-        if os.path.lexists(directory):
-            shutil.rmtree(directory)
+        # Most have none, and to make a Path of each costs more than to look.
+        if os.path.lexists(f"{self.path}/{sandbox_id}"):
+            shutil.rmtree(self.directory(sandbox_id))
         with self._lock:
             self._unwritten[sandbox_id] = None
 
@@ -233,21 +153,24 @@ class Journal:
 
     def _write(self, keys: list[str]) -> None:
         """Append what is to be said of some sandboxes, in one write. Under the lock."""
-        said: list[tuple[str, bytes, bool]] = []
+        said: list[tuple[str, bytes | None, bytes]] = []
         for key in keys:
             record = self._unwritten[key]
             if record is not None:
-                said.append((key, put_frame(key, _encoder.encode(record)), False))
+                content = _encoder.encode(record)
+                said.append((key, content, self._log.frame(key, content)))
             elif key in self._log:
-                said.append((key, forget_frame(key), True))
+                said.append((key, None, self._log.frame(key, None)))
         if said:
             try:
-                self._append(b"".join(frame for _, frame, _ in said))
+                self._append(b"".join(frame for _, _, frame in said))
             except OSError as error:
                 self._failures.update(dict.fromkeys(keys, error))
                 raise
-        for key, frame, forgets in said:
-            self._log.wrote(key, frame, forgets)
+        for key, content_or_none, frame in said:
+            self._log.wrote(key, content_or_none, len(frame))
+            if self._meanwhile is not None:
+                self._meanwhile.append((key, content_or_none))
         for key in keys:
             del self._unwritten[key]
             self._failures.pop(key, None)
@@ -261,8 +184,6 @@ class Journal:
             self._cut()
             raise
         self._written += len(data)
-        if self._meanwhile is not None:
-            self._meanwhile.append(data)
 
     def _cut(self) -> None:
         """Leave nothing behind of a write that failed: what follows it would not be believed."""
@@ -311,32 +232,34 @@ class Journal:
         with self._lock:
             self._open()
             descriptor, written = self._descriptor, self._written
+            log, sequence = self._log, self._log.sequence
         try:
             os.fdatasync(descriptor)
         except OSError:
             # What was not written back may count as clean now: only a new file can be trusted.
             self._doubtful = True
             raise
-        self.synced = written
+        self.synced, log.synced = written, sequence
 
     def _replace(self) -> None:
         """Write a new file that says the same, and sync it. Under the sync lock."""
         with self._lock:
             self._open()
-            whole, self._meanwhile = self._log.whole(), []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
+            records, self._meanwhile = list(self._log.records()), []
         descriptor = -1
         try:
-            descriptor = os.open(self._new_file, flags, 0o600)
+            descriptor = os.open(self._new_file, _NEW_FLAGS, 0o600)
+            log, whole = JournalLog.of(os.urandom(MARKER_BYTES), records)
             append(descriptor, whole)
             os.fsync(descriptor)
             with self._lock:
-                rest = b"".join(self._meanwhile)
-                append(descriptor, rest)
+                rest = [(*each, log.frame(*each)) for each in self._meanwhile]
+                append(descriptor, b"".join(frame for _, _, frame in rest))
                 replace(self._new_file, self._file)
+                for key, content, frame in rest:
+                    log.wrote(key, content, len(frame))
                 descriptor, self._descriptor = self._descriptor, descriptor
-                self._log.rewritten(len(whole) + len(rest))
-                self._meanwhile, self._doubtful = None, False
+                self._log, self._meanwhile, self._doubtful = log, None, False
         except OSError:
             with self._lock:
                 self._meanwhile = None
@@ -378,7 +301,7 @@ class Journal:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
                 self._descriptor = -1
-                self._log = JournalLog()
+                self._log = _new_log()
 
     def _open(self) -> None:
         """Read the file, cut off what is not whole, and take over what an earlier version wrote.
@@ -406,25 +329,74 @@ class Journal:
                     extra={"path": str(self._file), "bytes": len(data) - valid},
                 )
                 os.ftruncate(descriptor, valid)
-            if not valid:
-                append(descriptor, self._log.whole())
-                self._log.rewritten(len(self._log.whole()))
             old = self._read_old()
+            if self._log.damage.regions or not self._log.file_bytes:
+                descriptor = self._begin_anew(descriptor)
             for key, record in old.items():
-                frame = put_frame(key, _encoder.encode(record))
+                content = _encoder.encode(record)
+                frame = self._log.frame(key, content)
                 append(descriptor, frame)
-                self._log.wrote(key, frame, forgets=False)
+                self._log.wrote(key, content, len(frame))
             self._new_file.unlink(missing_ok=True)
             os.fdatasync(descriptor)
+            self._log.synced = self._log.sequence
             sync_directory(self._file.parent)
             for key in old:
                 (self.path / key / _OLD_RECORD).unlink()
         except BaseException:
             os.close(descriptor)
-            self._log = JournalLog()
+            self._log = _new_log()
             raise
         self._written = self.synced = self._log.file_bytes
         return descriptor
+
+    def _begin_anew(self, descriptor: int) -> int:
+        """Put a new file in the place of one that is damaged, or has no begin yet; return it.
+
+        That a record is not the newest one is in the new file: the next process knows it too.
+        """
+        self._tell_damage(self._log.damage)
+        said: list[tuple[str, bytes]] = []
+        for key, content in self._log.records():
+            if key in self._log.damage.doubtful:
+                with contextlib.suppress(msgspec.MsgspecError):
+                    record = _decoder.decode(content)
+                    record.uncertain = True
+                    said.append((key, _encoder.encode(record)))
+            else:
+                said.append((key, content))
+        log, whole = JournalLog.of(os.urandom(MARKER_BYTES), said)
+        new = os.open(self._new_file, _NEW_FLAGS, 0o600)
+        try:
+            append(new, whole)
+            os.fsync(new)
+            replace(self._new_file, self._file)
+        except BaseException:
+            os.close(new)
+            raise
+        os.close(descriptor)
+        self._log = log
+        return new
+
+    def _tell_damage(self, damage: Damage) -> None:
+        if not damage.regions:
+            return
+        names = sorted(damage.doubtful)
+        self.problem = (
+            f"{damage.size_bytes} damaged bytes in {damage.regions} places were found when the "
+            f"agent started: {damage.frames} records are lost, with the newest of {len(names)} "
+            f"sandboxes that were known; check the disk"
+        )
+        logger.error(
+            "the journal is damaged",
+            extra={
+                "path": str(self._file),
+                "bytes": damage.size_bytes,
+                "places": damage.regions,
+                "records": damage.frames,
+                "sandboxes": ",".join(names[:_NAMES_MAX]),
+            },
+        )
 
     def _read_old(self) -> dict[str, Record]:
         """Return the records that an earlier version wrote, each to its sandbox's directory."""

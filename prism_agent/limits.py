@@ -9,7 +9,7 @@ STARTS_MAX_DEFAULT: Final = 8
 #: What one exec's output may take on the node's disk; older output gives way.
 RING_BYTES: Final = 16 * MIB
 #: One read of output, and so one message to a client.
-READ_BYTES: Final = 256 * 1024
+READ_BYTES: Final = 1 * MIB
 #: Execs that run at once in a sandbox. The supervisor's table has this size too.
 EXECS_RUNNING_MAX: Final = 256
 #: Ended execs whose output is kept; the oldest give way.

@@ -50,8 +50,9 @@ class ReportQueue:
 
     def put(self, report: agent_pb2.SandboxReport) -> None:
         """Add a report, or replace the one of the same sandbox that was not yet sent."""
-        self._pending[report.sandbox_id] = report
-        self._latest[report.sandbox_id] = _UNSENT
+        sandbox_id = report.sandbox_id
+        self._pending[sandbox_id] = report
+        self._latest[sandbox_id] = _UNSENT
         due_s = self._due_of(report.state, asyncio.get_running_loop().time())
         if due_s < self._due_s or len(self._pending) == limits.REPORTS_MAX:
             self._due_s = min(due_s, self._due_s)

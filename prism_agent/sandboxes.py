@@ -167,6 +167,10 @@ class Sandboxes:
         """The leader counts this node as alive until then, monotonic time."""
         self._edge.renew_lease(until_s)
 
+    def restore_lease(self, until_s: float) -> None:
+        """A process before us was told so; we have heard no leader yet."""
+        self._edge.restore_lease(until_s)
+
     def reports(self) -> list[agent_pb2.SandboxReport]:
         """Return a report of every sandbox, for a registration."""
         return [self._edge.report_of(each) for each in self.reconciler.sandboxes.values()]
@@ -222,9 +226,6 @@ class Sandboxes:
             QueueFullError: Too many connections are open.
         """
         hosted = self._find(sandbox_id, frozenset({Phase.READY}))
-        if hosted.record.runtime == "gvisor" and not hosted.record.device:
-            # Its loopback is its own kernel's, and no socket of ours reaches that.
-            raise NotServedError("a port of a gvisor sandbox that has no network")
         here = len(hosted.forwards)
         everywhere = sum(len(each.forwards) for each in self._edge.hosted.values())
         if here >= limits.FORWARDS_MAX or everywhere >= limits.FORWARDS_NODE_MAX:
@@ -232,16 +233,7 @@ class Sandboxes:
                 f"{here} connections to ports of this sandbox are open, {everywhere} on its node",
                 retry_after_s=0.5,
             )
-        process = hosted.running.process if hosted.running is not None else None
-        if process is None:
-            raise SandboxGoneError("the sandbox ended")
-        try:
-            namespace = process.open_network()
-        except ProcessLookupError:
-            raise SandboxGoneError("the sandbox ended") from None
-        except OSError as error:
-            raise NotServedError(f"ports by this agent ({error.strerror}): it") from None
-        forward = Forward(namespace, hosted.forwards.discard, hosted.execs.in_use())
+        forward = hosted.new_forward()
         hosted.forwards.add(forward)
         return forward
 

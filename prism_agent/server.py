@@ -154,7 +154,13 @@ class Agent:
             )
         limited_by = groups.description if groups else ""
         health = Health(
-            node_id, settings.data_dir, found.statuses, (limited_by, cgroup_problem), self.session
+            node_id,
+            settings.data_dir,
+            found.statuses,
+            (limited_by, cgroup_problem),
+            journal,
+            networks.status,
+            self.session,
         )
         server.add(agent_pb2_grpc.add_AgentServiceServicer_to_server, AgentService(sandboxes))
         server.add(node_pb2_grpc.add_NodeServiceServicer_to_server, NodeService(measured, health))

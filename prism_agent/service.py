@@ -174,8 +174,8 @@ def _started(each: Exec) -> sandbox_pb2.ExecResponse:
 
 async def _converse(
     execs: Execs, each: Exec, after_sequence: int, requests: AsyncIterator[_Client]
-) -> AsyncIterator[sandbox_pb2.ExecResponse]:
-    """Yield output and the end while what the client says is passed on.
+) -> AsyncIterator[Any]:
+    """Yield output, encoded, and the end while what the client says is passed on.
 
     What is wrong with a request is raised between two pieces of output, never by cancelling: the
     task may just then be waiting in gRPC and not here.

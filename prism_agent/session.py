@@ -320,6 +320,7 @@ class Session:
         lease_until_s = self._data.state.lease_until_s
         if lease_until_s:
             self._lease_until_s = time.monotonic() + (lease_until_s - time.time())
+            self._sandboxes.restore_lease(self._lease_until_s)
 
     def _renew_lease(self, sent_s: float) -> None:
         if self._lease_s <= 0:
@@ -413,18 +414,17 @@ def _assignment_of(message: agent_pb2.Assignment) -> Assignment:
     grace_s = common_limits.GRACE_S_DEFAULT
     if message.HasField("grace_period"):
         grace_s = _seconds_of(message.grace_period)
-    expires = message.HasField("expire_time")
+    # Each look at a field of a message makes an object.
+    spec = message.spec if message.HasField("spec") else None
     return Assignment(
-        sandbox_id=message.sandbox_id,
-        generation=message.generation,
-        desired=_DESIRED.get(message.desired, Desired.STOPPED),
-        start_count=message.start_count,
-        name=message.name,
+        message.sandbox_id,
+        message.generation,
+        _DESIRED.get(message.desired, Desired.STOPPED),
+        message.start_count,
+        message.name,
         # The same bytes for the same spec: a change of it is seen by them.
-        spec=message.spec.SerializeToString(deterministic=True)
-        if message.HasField("spec")
-        else b"",
-        expire_time_s=_seconds_of(message.expire_time) if expires else 0.0,
-        grace_s=min(max(grace_s, 0.0), common_limits.GRACE_S_MAX),
-        reschedules=message.spec.on_node_loss == sandbox_pb2.ON_NODE_LOSS_RESCHEDULE,
+        b"" if spec is None else spec.SerializeToString(deterministic=True),
+        _seconds_of(message.expire_time) if message.HasField("expire_time") else 0.0,
+        min(max(grace_s, 0.0), common_limits.GRACE_S_MAX),
+        spec is not None and spec.on_node_loss == sandbox_pb2.ON_NODE_LOSS_RESCHEDULE,
     )

@@ -20,7 +20,7 @@ class SharedFiles:
 
     Args:
         shared: The directory, and whose it is.
-        execs: Where the agent keeps execs: rings and inputs are there too, under the same names.
+        execs: Where rings and inputs are, under the same names; on the same file system.
     """
 
     def __init__(self, shared: Shared, execs: Path) -> None:
@@ -31,7 +31,7 @@ class SharedFiles:
         """Give an exec's files to the supervisor, which takes their names away.
 
         Raises:
-            OSError: Something is there already, or the disk is full.
+            OSError: Something is there already, or there is no room left.
         """
         uid = self._shared.uid
         descriptor = os.open(self._shared.directory / f"{number}.spec", _NEW, 0o600)

@@ -224,11 +224,7 @@ def run(
 
     The exit status is the command's.
     """
-    from prism_cli.client import Client
-    from prism_cli.creation import create_sandbox, make_request
-    from prism_cli.output import spinner
-    from prism_cli.streams import ExecSession
-    from prism_cli.watching import READY, wait_until
+    from prism_cli.creation import make_request
 
     request = make_request(
         name=name,
@@ -255,6 +251,22 @@ def run(
     start = make_start(
         argv, stdin=interactive, tty=tty, env=None, cwd=cwd, user=user, exec_timeout=exec_timeout
     )
+    raise typer.Exit(_run_in_new(settings, request, start, terminal))
+
+
+def _run_in_new(
+    settings: Settings,
+    request: "sandbox_pb2.CreateSandboxRequest",
+    start: "sandbox_pb2.ExecStart",
+    terminal: "LocalTerminal | None",
+) -> int:
+    """Create a sandbox, run one command in it, and remove it; return the command's status."""
+    from prism_cli.client import Client
+    from prism_cli.creation import create_sandbox
+    from prism_cli.output import spinner
+    from prism_cli.streams import ExecSession
+    from prism_cli.watching import READY, wait_until
+
     with Client(settings) as client, removed_after(client, request) as keep:
         with spinner("creating a sandbox"):
             sandbox = create_sandbox(client, request)
@@ -262,10 +274,9 @@ def run(
             wait_until(client, sandbox, READY)
         start.sandbox = sandbox.id
         session = ExecSession(
-            client, sandbox.id, start, stdin=interactive, terminal=terminal, detach_keys=False
+            client, sandbox.id, start, stdin=start.stdin, terminal=terminal, detach_keys=False
         )
-        status = follow(session, argv)
-    raise typer.Exit(status)
+        return follow(session, list(start.argv))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,15 +11,9 @@ from prism.agent.v1 import agent_pb2
 
 from prism_common.errors import InvalidArgumentError, NotLeaderError, PrismError, WrongStateError
 from prism_common.signal import Signal
+from prism_control.assignment_bytes import batch_bytes
 from prism_control.metrics import LeaderMetrics
-from prism_control.rows import (
-    amounts_of,
-    duration,
-    node_labels,
-    runtime_of,
-    spec_proto,
-    timestamp,
-)
+from prism_control.rows import amounts_of, duration, node_labels, runtime_of
 from prism_control.scheduler.assignments import AgentDispatch, Assignment, Dispatch
 from prism_control.scheduler.liveness import Liveness
 from prism_control.state import commands
@@ -42,8 +36,10 @@ _REGISTER_TIMEOUT_S: Final = 10.0
 #: What an agent says of a sandbox goes into the replicated state and to every user.
 _REASON_LENGTH_MAX: Final = 64
 _MESSAGE_LENGTH_MAX: Final = 1024
+_OBSERVED: Final = {int(state): state for state in ObservedState}
 
-Write = Callable[[agent_pb2.SessionResponse], Awaitable[None]]
+#: Takes a message, or one that is encoded already.
+Write = Callable[[agent_pb2.SessionResponse | bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class _Writer:
         self._write = write
         self._lock = asyncio.Lock()
 
-    async def __call__(self, response: agent_pb2.SessionResponse) -> None:
+    async def __call__(self, response: agent_pb2.SessionResponse | bytes) -> None:
         async with self._lock:
             await self._write(response)
 
@@ -229,17 +225,9 @@ class Dispatcher:
                 busy = False
                 await session.wake.wait()
 
-    def _batch(
-        self, office: Office, assignments: list[Assignment], complete: bool
-    ) -> agent_pb2.SessionResponse:
+    def _batch(self, office: Office, assignments: list[Assignment], complete: bool) -> bytes:
         self._metrics.dispatch_size.observe(len(assignments))
-        return agent_pb2.SessionResponse(
-            assignments=agent_pb2.AssignmentBatch(
-                term=office.term,
-                assignments=[_assignment(assignment) for assignment in assignments],
-                complete=complete,
-            )
-        )
+        return batch_bytes(office.term, assignments, complete=complete)
 
     async def _receive(
         self,
@@ -346,33 +334,23 @@ def _welcome(office: Office, heartbeat_ms: int, lease_ms: int) -> agent_pb2.Sess
     )
 
 
-def _assignment(assignment: Assignment) -> agent_pb2.Assignment:
-    return agent_pb2.Assignment(
-        sandbox_id=assignment.sandbox_id,
-        generation=assignment.generation,
-        desired=agent_pb2.DesiredState.ValueType(assignment.desired),
-        spec=None if assignment.spec is None else spec_proto(assignment.spec),
-        expire_time=timestamp(assignment.expire_ms),
-        name=assignment.name,
-        grace_period=duration(assignment.grace_ms),
-        start_count=assignment.start_count,
-    )
-
-
-def _reports(protos: Sequence[agent_pb2.SandboxReport]) -> tuple[Report, ...]:
+def _reports(protos: Iterable[agent_pb2.SandboxReport]) -> tuple[Report, ...]:
     """Return reports to propose; one of a state that this version does not know is left out."""
-    known = {int(state) for state in ObservedState}
-    return tuple(
-        Report(
-            sandbox_id=proto.sandbox_id,
-            generation=proto.generation,
-            state=ObservedState(proto.state),
-            reason=proto.reason[:_REASON_LENGTH_MAX],
-            message=proto.message[:_MESSAGE_LENGTH_MAX],
-            runtime=proto.runtime[:_REASON_LENGTH_MAX],
-            start_count=proto.start_count,
-            at_ms=proto.time.seconds * 1000 + proto.time.nanos // 1_000_000,
-        )
-        for proto in protos
-        if proto.state in known
-    )
+    reports: list[Report] = []
+    for proto in protos:
+        state = _OBSERVED.get(proto.state)
+        if state is not None:
+            time_ = proto.time
+            reports.append(
+                Report(
+                    proto.sandbox_id,
+                    proto.generation,
+                    state,
+                    proto.reason[:_REASON_LENGTH_MAX],
+                    proto.message[:_MESSAGE_LENGTH_MAX],
+                    proto.runtime[:_REASON_LENGTH_MAX],
+                    proto.start_count,
+                    time_.seconds * 1000 + time_.nanos // 1_000_000,
+                )
+            )
+    return tuple(reports)

@@ -1,6 +1,5 @@
 """The command `prismd`."""
 
-import asyncio
 import gc
 import logging
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import uvloop
 
 from prism_common import log, settings
 from prism_common.addresses import parse_address
@@ -121,7 +121,7 @@ def _command(
     log.configure(log_level, log_format, log_file)
     _warn(node_settings, insecure)
     gc.set_threshold(*_GC_THRESHOLDS)
-    return asyncio.run(ControlNode(node_settings).run())
+    return uvloop.run(ControlNode(node_settings).run())
 
 
 @_command.command(

@@ -25,7 +25,8 @@ class Forward:
     """Connects, and carries bytes both ways until both sides have ended or one has failed.
 
     Args:
-        namespace: Descriptor of the sandbox's network namespace; this object's from now on.
+        namespace: Descriptor of the sandbox's network namespace; this object's from now on. -1: it
+            is connected to in another way (`relayed.py`).
         on_close: Called once when it is closed.
         in_use: Held while it lasts.
     """
@@ -73,11 +74,7 @@ class Forward:
                     await asyncio.get_running_loop().sock_connect(connection, (address, port))
             except TimeoutError:
                 connection.close()
-                raise WrongStateError(
-                    f"port {port} in the sandbox accepts no connection: the program that listens "
-                    "there is too busy",
-                    reason="PORT_BUSY",
-                ) from None
+                raise port_busy(port) from None
             except OSError:
                 connection.close()
             except BaseException:
@@ -86,13 +83,11 @@ class Forward:
             else:
                 await self._take(connection)
                 return
-        raise WrongStateError(
-            f"nothing listens on port {port} in the sandbox (on 127.0.0.1, ::1 or all addresses)",
-            reason="PORT_CLOSED",
-        )
+        raise port_closed(port)
 
     async def _take(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family is not socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._reader, self._writer = await asyncio.open_connection(
             sock=connection, limit=limits.FORWARD_BYTES
         )
@@ -113,7 +108,7 @@ class Forward:
                 data = await self._reader.read(limits.READ_BYTES)
             except OSError:
                 data = b""
-                self.fail(_broken_off())
+                self.fail(broken_off())
             if self._failure is not None:
                 raise self._failure
             if not data:
@@ -134,7 +129,7 @@ class Forward:
         try:
             await self._writer.drain()
         except OSError:
-            raise _broken_off() from None
+            raise broken_off() from None
 
     def send_eof(self) -> None:
         """Say that no more is sent; what was sent arrives first."""
@@ -169,7 +164,8 @@ class Forward:
         self.fail(SandboxGoneError("the sandbox ended"))
 
     def _close(self) -> None:
-        os.close(self._namespace)
+        if self._namespace >= 0:
+            os.close(self._namespace)
         writer, self._writer = self._writer, None
         if writer is not None and self._sent_eof and self._received_eof:
             writer.close()
@@ -183,5 +179,23 @@ class Forward:
         self._on_close(self)
 
 
-def _broken_off() -> PrismError:
+def broken_off() -> PrismError:
+    """Return what is said when the sandbox ends a connection otherwise than by eof."""
     return WrongStateError("the sandbox broke the connection off", reason="CONNECTION_RESET")
+
+
+def port_closed(port: int) -> PrismError:
+    """Return what is said where nothing listens."""
+    return WrongStateError(
+        f"nothing listens on port {port} in the sandbox (on 127.0.0.1, ::1 or all addresses)",
+        reason="PORT_CLOSED",
+    )
+
+
+def port_busy(port: int) -> PrismError:
+    """Return what is said where something listens, and does not take connections."""
+    return WrongStateError(
+        f"port {port} in the sandbox accepts no connection: the program that listens there is too "
+        "busy",
+        reason="PORT_BUSY",
+    )

@@ -69,6 +69,10 @@ class Networked:
         """Measure it now."""
         return self._inner.usage(record)
 
+    def oom_kills(self, record: Record) -> int:
+        """Return how many of its processes the kernel has killed for memory."""
+        return self._inner.oom_kills(record)
+
     async def sweep(self, keep: set[str]) -> list[str]:
         """Remove what belongs to no sandbox in `keep`, processes before their network."""
         return await self._inner.sweep(keep) + await self._networks.sweep(keep)

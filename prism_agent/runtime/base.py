@@ -10,6 +10,7 @@ from typing import Protocol
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.journal import Record
+from prism_agent.supervisor.client import SupervisorClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,13 @@ class Running:
     shared: Shared | None = None
     #: Whose root is the sandbox's tree of files; None: that of `process`.
     files: Process | None = None
+    #: Speaks to its supervisor already, and nothing was asked of it; None: nobody does.
+    client: SupervisorClient | None = None
+
+    def take_client(self) -> SupervisorClient | None:
+        """Return the connection that there is to its supervisor: from now on the caller's."""
+        client, self.client = self.client, None
+        return client if client is not None and client.connected else None
 
     def open_root(self) -> int:
         """Return a descriptor of the sandbox's root directory.
@@ -157,6 +165,8 @@ class Running:
 
     def close(self) -> None:
         """Forget it; it goes on."""
+        if self.client is not None:
+            self.client.close()
         for process in (self.process, self.files):
             if process is not None:
                 process.close()
@@ -226,6 +236,9 @@ class Runtime(Protocol):
 
     def usage(self, record: Record) -> Usage:
         """Measure it now."""
+
+    def oom_kills(self, record: Record) -> int:
+        """Return how many of its processes the kernel has killed for memory: asked at each exec."""
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """Remove what belongs to no sandbox in `keep`; return what was found, in words."""

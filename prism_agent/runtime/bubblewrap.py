@@ -27,6 +27,7 @@ from prism_agent.journal import Journal, Record, boot_id
 from prism_agent.network.egress import namespace_arguments, resolver_configuration
 from prism_agent.runtime import host, image
 from prism_agent.runtime.base import Probe, Process, Running, StartError, Usage
+from prism_agent.runtime.contained import START_LOG, Contained
 from prism_agent.runtime.mount_namespace import MountNamespace
 from prism_agent.runtime.shape import (
     cgroup_limits,
@@ -43,8 +44,6 @@ from prism_common.errors import PrismError
 SUPERVISOR: Final = Path(__file__).parent.parent / "supervisor" / "prism-supervisor"
 _INSIDE: Final = "/.prism-supervisor"
 SOCKET: Final = "control"
-_LOG: Final = "start.log"
-_LOG_BYTES_MAX: Final = 2000
 #: Each exec takes five, and the supervisor a few.
 _SUPERVISOR_FILES: Final = 8192
 _BACKLOG: Final = 4
@@ -52,16 +51,15 @@ _BACKLOG: Final = 4
 _STAGE: Final = Path("/tmp")  # noqa: S108
 
 
-class BubblewrapRuntime:
+class BubblewrapRuntime(Contained):
     """See the module."""
 
     name = "bubblewrap"
 
     def __init__(self, data: DataDirectory, journal: Journal, cgroups: Cgroups | None) -> None:
+        super().__init__(journal, cgroups)
         self._node_id = data.state.node_id
         self._image = data.path / "image"
-        self._journal = journal
-        self._cgroups = cgroups
         self._root = os.geteuid() == 0
         self._uids = host.uid_range(self._node_id) if self._root else range(0)
         self._uids_used = {record.uid for record in journal.load()[0].values()}
@@ -218,7 +216,7 @@ class BubblewrapRuntime:
         ]
         passed = [*descriptors.numbers, *([namespace] if namespace >= 0 else [])]
         try:
-            with (directory / _LOG).open("wb") as log:
+            with (directory / START_LOG).open("wb") as log:
                 child = spawn(arguments, log.fileno(), passed)
         except OSError:
             os.close(info_read)
@@ -227,9 +225,6 @@ class BubblewrapRuntime:
 
     def _tag(self, record: Record) -> str:
         return f"{self._node_id}/{record.prepared_as or record.sandbox_id}"
-
-    def _procs_files(self, record: Record) -> list[Path]:
-        return list(self._cgroups.procs_files(record.cgroup)) if self._cgroups else []
 
     def _sources(self, record: Record, renamable: bool) -> dict[str, Path]:
         """Return what of ours bwrap mounts, by name."""
@@ -311,15 +306,6 @@ class BubblewrapRuntime:
         finally:
             transport.close()
 
-    def explain(self, record: Record) -> str:
-        """Return what bwrap said last."""
-        path = self._journal.directory(record.sandbox_id) / _LOG
-        try:
-            text = path.read_bytes()[-_LOG_BYTES_MAX:].decode("utf-8", "replace").strip()
-        except OSError:
-            text = ""
-        return text or "it said nothing"
-
     # ── end ──
 
     async def adopt(self, record: Record) -> Running | None:
@@ -331,17 +317,6 @@ class BubblewrapRuntime:
         except (ProcessLookupError, OSError):
             return None
         return Running(process, self._journal.directory(record.sandbox_id) / SOCKET)
-
-    async def pause(self, record: Record) -> None:
-        """Freeze its cgroup."""
-        if self._cgroups is None or not record.cgroup:
-            raise OSError(errno.EOPNOTSUPP, "it runs without a cgroup, so it cannot be frozen")
-        await asyncio.to_thread(self._cgroups.freeze, record.cgroup)
-
-    async def resume(self, record: Record) -> None:
-        """Thaw its cgroup."""
-        if self._cgroups is not None and record.cgroup:
-            await asyncio.to_thread(self._cgroups.thaw, record.cgroup)
 
     async def resize(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> None:
         """Set the limits of its cgroup, and the size of its files."""
@@ -382,14 +357,9 @@ class BubblewrapRuntime:
         self._kill(record)
         if self._cgroups is not None and record.cgroup:
             self._cgroups.remove(record.cgroup)
-        directory = self._journal.directory(record.sandbox_id)
         if record.mounted:
-            host.unmount(directory / "workspace")
-        for entry in list(directory.iterdir()) if directory.is_dir() else []:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+            host.unmount(self._journal.directory(record.sandbox_id) / "workspace")
+        self._remove_files(record)
         record.mounted, record.cgroup, record.prepared_as = False, "", ""
         self._uids_used.discard(record.uid)
         record.uid = 0

@@ -54,6 +54,11 @@ class FakeRuntime:
         del record
         return Usage()
 
+    def oom_kills(self, record: Record) -> int:
+        """It has no processes."""
+        del record
+        return 0
+
     async def sweep(self, keep: set[str]) -> list[str]:
         """It leaves nothing behind."""
         del keep

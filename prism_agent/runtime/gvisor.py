@@ -25,16 +25,16 @@ from prism_agent.cgroups import CgroupLimits, Cgroups
 from prism_agent.data_directory import DataDirectory
 from prism_agent.journal import Journal, Record, boot_id
 from prism_agent.network.egress import namespace_arguments, resolver_configuration
+from prism_agent.output_room import MEMORY, memory_bytes
 from prism_agent.runtime import gvisor_bundle, gvisor_release, host, image
 from prism_agent.runtime.base import Probe, Process, Running, Shared, StartError, Usage
 from prism_agent.runtime.bubblewrap import SUPERVISOR
+from prism_agent.runtime.contained import START_LOG, Contained
 from prism_agent.runtime.shape import limits_of, small_bytes, workspace_bytes
 from prism_agent.runtime.trial import try_one
 from prism_common.errors import PrismError
 from prism_common.limits import MIB
 
-_LOG: Final = "start.log"
-_LOG_BYTES_MAX: Final = 2000
 #: Of runsc, for what the sandbox has open on the host; each exec has the sandbox's own limit.
 _FILES_MAX: Final = 65_536
 #: Threads of the host for one process of the sandbox, at most some four: those that run it, and
@@ -59,6 +59,7 @@ _FLAGS: Final = (
     "--net-raw=false",
 )
 _CONTAINER: Final = "sandbox"
+_SHARED: Final = "shared"
 #: Between two looks whether the supervisor listens.
 _LOOK_S: Final = 0.002
 
@@ -71,16 +72,15 @@ def _cgroup_limits(asked: sandbox_pb2.Limits) -> CgroupLimits:
     )
 
 
-class GvisorRuntime:
+class GvisorRuntime(Contained):
     """See the module."""
 
     name = "gvisor"
 
     def __init__(self, data: DataDirectory, journal: Journal, cgroups: Cgroups | None) -> None:
+        super().__init__(journal, cgroups)
         self._node_id = data.state.node_id
         self._image = data.path / "image"
-        self._journal = journal
-        self._cgroups = cgroups
         self._uids = host.uid_range(self._node_id, region=1) if os.geteuid() == 0 else range(0)
         self._uids_used = {
             record.uid for record in journal.load()[0].values() if record.runtime == self.name
@@ -168,10 +168,14 @@ class GvisorRuntime:
         (directory / "small").mkdir(mode=0o700, exist_ok=True)
         host.mount_tmpfs(directory / "small", small, record.uid)
         (directory / "small").chmod(0o1777)
-        for name in ("bundle", "runsc", "shared"):
-            shutil.rmtree(directory / name, ignore_errors=True)
-            (directory / name).mkdir(mode=0o700)
-        os.chown(directory / "shared", record.uid + 1, record.uid + 1)
+        output = self._output(record)
+        output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        host.hold_tmpfs(output, memory_bytes(asked), 0)
+        output.chmod(0o700)
+        for path in (directory / "bundle", directory / "runsc", output / _SHARED):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir(mode=0o700)
+        os.chown(output / _SHARED, record.uid + 1, record.uid + 1)
         gvisor_bundle.write_bundle(
             directory / "bundle",
             gvisor_bundle.Contents(
@@ -222,20 +226,18 @@ class GvisorRuntime:
             *(f"--pid-file={gvisor_bundle.STAGE}/runsc/pid", _CONTAINER),
         ]
         self._reap()
-        with (self._journal.directory(record.sandbox_id) / _LOG).open("wb") as log:
+        with self._start_log(record).open("wb") as log:
             return subprocess.Popen(  # noqa: S603
                 arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={}, cwd="/"
             )
-
-    def _procs_files(self, record: Record) -> list[Path]:
-        return list(self._cgroups.procs_files(record.cgroup)) if self._cgroups else []
 
     def _binds(self, record: Record) -> Iterator[str]:
         """Yield what the launcher is to show to runsc, and under which names."""
         directory = self._journal.directory(record.sandbox_id)
         sources = {"root": self._root, "etc": self._etc}
-        for name in ("workspace", "small", "shared", "bundle", "runsc"):
+        for name in ("workspace", "small", "bundle", "runsc"):
             sources[name] = directory / name
+        sources["shared"] = self._shared(record)
         yield str(len(sources))
         for name, path in sources.items():
             yield from (str(path), name)
@@ -260,17 +262,18 @@ class GvisorRuntime:
             raise
         return running
 
-    def _shared(self, record: Record) -> Path:
-        return self._journal.directory(record.sandbox_id) / "shared"
+    def _output(self, record: Record) -> Path:
+        """Return what of the host its kernel may write to beside its files; bounded like them."""
+        return self._journal.directory(record.sandbox_id) / "execs" / MEMORY
 
-    def explain(self, record: Record) -> str:
-        """Return what runsc said last."""
-        path = self._journal.directory(record.sandbox_id) / _LOG
-        try:
-            text = path.read_bytes()[-_LOG_BYTES_MAX:].decode("utf-8", "replace").strip()
-        except OSError:
-            text = ""
-        return text or "it said nothing"
+    def _start_log(self, record: Record) -> Path:
+        # Its kernel keeps it open, as its standard output.
+        return self._output(record) / START_LOG
+
+    def _shared(self, record: Record) -> Path:
+        path = self._output(record) / _SHARED
+        # An older agent has started it, and had it elsewhere.
+        return path if path.is_dir() else self._journal.directory(record.sandbox_id) / _SHARED
 
     # ── finding it ──
 
@@ -304,19 +307,6 @@ class GvisorRuntime:
             raise ProcessLookupError(pid)
         return Process(pid)
 
-    # ── pause ──
-
-    async def pause(self, record: Record) -> None:
-        """Freeze its cgroup."""
-        if self._cgroups is None or not record.cgroup:
-            raise OSError(errno.EOPNOTSUPP, "it runs without a cgroup, so it cannot be frozen")
-        await asyncio.to_thread(self._cgroups.freeze, record.cgroup)
-
-    async def resume(self, record: Record) -> None:
-        """Thaw its cgroup."""
-        if self._cgroups is not None and record.cgroup:
-            await asyncio.to_thread(self._cgroups.thaw, record.cgroup)
-
     async def resize(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> None:
         """Set the limits of its cgroup, and the size of its files."""
         await asyncio.to_thread(self._resize, record, limits_of(spec))
@@ -326,6 +316,8 @@ class GvisorRuntime:
             self._cgroups.limit(record.cgroup, _cgroup_limits(asked))
         directory = self._journal.directory(record.sandbox_id)
         host.resize_tmpfs(directory / "workspace", workspace_bytes(asked))
+        if os.path.ismount(self._output(record)):
+            host.resize_tmpfs(self._output(record), memory_bytes(asked), "execs' outputs")
         if gvisor_bundle.arguments_in(directory / "bundle") != self._arguments(record, asked):
             raise OSError(
                 errno.EOPNOTSUPP,
@@ -358,13 +350,9 @@ class GvisorRuntime:
         if self._cgroups is not None and record.cgroup:
             self._cgroups.remove(record.cgroup)
         directory = self._journal.directory(record.sandbox_id)
-        for name in ("workspace", "small"):
-            host.unmount(directory / name)
-        for entry in list(directory.iterdir()) if directory.is_dir() else []:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+        for path in (directory / "workspace", directory / "small", self._output(record)):
+            host.unmount(path)
+        self._remove_files(record)
         record.mounted, record.cgroup = False, ""
         self._uids_used.discard(record.uid)
         record.uid = 0

@@ -54,8 +54,13 @@ def mount_tmpfs(path: Path, size_bytes: int, uid: int) -> None:
         raise OSError(number, f"mount {path}: {os.strerror(number)}")
 
 
-def resize_tmpfs(path: Path, size_bytes: int) -> None:
+def resize_tmpfs(path: Path, size_bytes: int, what: str = "files in /workspace") -> None:
     """Give a file system of `mount_tmpfs` another size, wherever else it is seen.
+
+    Args:
+        path: Where it is mounted.
+        size_bytes: Of what it holds at most.
+        what: Is in it, for the error's text: "its … take more".
 
     Raises:
         OSError: It holds more than that.
@@ -66,7 +71,7 @@ def resize_tmpfs(path: Path, size_bytes: int) -> None:
     if _libc.mount(b"prism", os.fsencode(path), b"tmpfs", flags, options.encode()) != 0:
         number = ctypes.get_errno()
         if number == errno.EINVAL:
-            text = f"its files in /workspace take more than {size_bytes >> 20} MiB"
+            text = f"its {what} take more than {size_bytes >> 20} MiB"
             raise OSError(errno.ENOSPC, text)
         raise OSError(number, f"remount {path}: {os.strerror(number)}")
 

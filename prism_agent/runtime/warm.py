@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 #: After one that could not be made.
 _RETRY_S: Final = 5.0
 _SPEC: Final = sandbox_pb2.SandboxSpec()
+#: The limits that it is made with.
+_PREPARED: Final = limits_of(_SPEC)
 #: The file systems in memory that only a sandbox's own namespace has.
 _INSIDE: Final = ("tmp", "dev/shm")
 
@@ -163,12 +165,13 @@ class WarmRuntime:
             if running.process is None or running.control_socket is None:
                 raise StartError("it has no supervisor")
             await client.connect(running.control_socket)
+            # Kept for the start that takes it, which need not meet it again.
+            running.client = client
         except BaseException:
             # Also when the agent is told to stop meanwhile.
+            client.close()
             await self._remove(record, running)
             raise
-        finally:
-            client.close()
         return _Member(record, running, running.process)
 
     async def _discard(self, member: _Member) -> None:
@@ -247,7 +250,8 @@ class WarmRuntime:
                 # From here on its processes and cgroup can be found by this record.
                 self._journal.save(record)
                 await asyncio.to_thread(self._adapt, record, limits_of(spec), member)
-                return Running(member.process, self._journal.directory(record.sandbox_id) / SOCKET)
+                socket = self._journal.directory(record.sandbox_id) / SOCKET
+                return Running(member.process, socket, client=member.running.take_client())
             except OSError as error:
                 logger.warning(
                     "a prepared sandbox could not be used",
@@ -269,11 +273,12 @@ class WarmRuntime:
         old = self._journal.directory(member.record.sandbox_id)
         new = self._journal.directory(record.sandbox_id)
         name = record.name or record.sandbox_id
-        if self._cgroups is not None:
-            self._cgroups.limit(record.cgroup, cgroup_limits(asked))
+        if asked != _PREPARED:
+            if self._cgroups is not None:
+                self._cgroups.limit(record.cgroup, cgroup_limits(asked))
+            _resize(member.process, small_bytes(asked))
+            host.resize_tmpfs(old / "workspace", workspace_bytes(asked))
         _rename(member.process, name)
-        _resize(member.process, small_bytes(asked))
-        host.resize_tmpfs(old / "workspace", workspace_bytes(asked))
         write_names(old, name)
         # Over the empty one that the journal has made; what is mounted in it stays so.
         old.rename(new)
@@ -315,6 +320,10 @@ class WarmRuntime:
     def usage(self, record: Record) -> Usage:
         """Measure it now."""
         return self._inner.usage(record)
+
+    def oom_kills(self, record: Record) -> int:
+        """Return how many of its processes the kernel has killed for memory."""
+        return self._inner.oom_kills(record)
 
     async def sweep(self, keep: set[str]) -> list[str]:
         """Remove what belongs to no sandbox in `keep`."""

@@ -87,6 +87,10 @@ class SupervisorClient:
             raise SandboxGoneError(f"the sandbox's supervisor is of version {hello.a}")
         return hello
 
+    def serve(self, on_event: Callable[[Message], None], on_lost: Callable[[], None]) -> None:
+        """Tell somebody else from now on; the connection stays."""
+        self._on_event, self._on_lost = on_event, on_lost
+
     @property
     def connected(self) -> bool:
         """False: nothing can be sent any more."""

@@ -43,7 +43,7 @@ struct exec {
 };
 
 /* What an event of epoll is about: the upper half of its data. */
-enum { KEY_LISTEN = 1, KEY_CONNECTION, KEY_SIGNAL, KEY_PIPE, KEY_INPUT };
+enum { KEY_LISTEN = 1, KEY_CONNECTION, KEY_SIGNAL, KEY_PIPE, KEY_INPUT, KEY_RELAY };
 
 extern struct exec execs[EXECS_MAX];
 extern rlim_t open_files_max, processes_max;

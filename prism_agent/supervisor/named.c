@@ -54,6 +54,19 @@ int listen_in(const char *directory)
     return fd;
 }
 
+/* Connect to a socket that the agent has put there. -1: failed. */
+int connect_named(uint64_t number)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && snprintf(address.sun_path, sizeof address.sun_path, "%s/%" PRIu64 ".port", shared,
+                            number) < (int)sizeof address.sun_path &&
+        connect(fd, (struct sockaddr *)&address, sizeof address) == 0)
+        return fd;
+    close_fd(&fd);
+    return -1;
+}
+
 static int open_one(uint64_t number, const char *what, int flags)
 {
     char path[256];

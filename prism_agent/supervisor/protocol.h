@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #define PRISM_MAGIC 0x314d5350u /* "PSM1" */
-#define PRISM_VERSION 5
+#define PRISM_VERSION 6
 
 /* Execs that run at once, or have run and are not yet forgotten by the agent. */
 #define EXECS_MAX 640
@@ -22,6 +22,7 @@
 #define READ_BYTES (64 * 1024)
 #define OUTPUT_BYTES_PER_S_MAX (1ll << 34)
 #define LEASE_NS_MAX 86400000000000ll
+#define RELAY_BYTES_MAX (64 * 1024)
 
 enum request_kind {
     REQUEST_HELLO = 1,       /* → HELLO, and an UPDATE for each exec known */
@@ -39,6 +40,8 @@ enum request_kind {
                                 all output, 0: no bound; since version 4 */
     REQUEST_LEASE = 12,      /* nanoseconds from now until all is killed, unless another comes before;
                                 0: never; since version 5 */
+    REQUEST_RELAY = 13,      /* number of the agent's socket, port (relay.c, where execs come by name);
+                                since version 6 */
 };
 
 #define EXEC_STDIN 1

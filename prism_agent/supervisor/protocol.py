@@ -7,7 +7,7 @@ from typing import Final
 
 MAGIC: Final = 0x314D5350
 #: What is asked of supervisors. Those that an older agent has started are of an older version.
-VERSION: Final = 5
+VERSION: Final = 6
 VERSION_MIN: Final = 1
 #: The first that has terminals.
 VERSION_TERMINAL: Final = 2
@@ -15,10 +15,15 @@ VERSION_TERMINAL: Final = 2
 VERSION_LIMITS: Final = 4
 #: The first that ends when nobody extends its lease.
 VERSION_LEASE: Final = 5
+#: The first that carries connections to ports, where no socket of the host reaches them.
+VERSION_RELAY: Final = 6
 LEASE_S_MAX: Final = 86_400.0
 EXECS_MAX: Final = 640
 SPEC_BYTES_MAX: Final = 512 * 1024
+#: Of one frame of a connection that it carries.
+RELAY_BYTES_MAX: Final = 64 * 1024
 RING_HEADER_BYTES: Final = 4096
+RING_BYTES_MIN: Final = 128 * 1024
 
 _MESSAGE: Final = struct.Struct("=IIQqq")
 _SPEC: Final = struct.Struct("=IIII")
@@ -44,6 +49,7 @@ class Request(IntEnum):
     RESIZE = 10
     LIMITS = 11
     LEASE = 12
+    RELAY = 13
 
 
 class Event(IntEnum):

@@ -320,6 +320,8 @@ static void handle(const struct message *request, int *fds, int fd_count)
             lease_ns = request->a > 0 ? now_ns(CLOCK_BOOTTIME) + (uint64_t)request->a : 0;
     } else if (request->kind == REQUEST_EXEC) {
         error = start_exec(request, fds, fd_count);
+    } else if (request->kind == REQUEST_RELAY) {
+        error = start_relay(request);
     } else {
         struct exec *exec = find_exec(request->exec);
         error = exec ? handle_for_exec(request, exec) : ENOENT;
@@ -440,6 +442,8 @@ static void serve(void)
                 take_output(&execs[index / 2], (int)(index % 2));
             else if (key == KEY_INPUT && execs[index].used)
                 take_input(&execs[index]);
+            else if (key == KEY_RELAY)
+                carry(index, events[i].events);
             else if (key == KEY_CONNECTION && connection_fd >= 0)
                 for (int left = 64; left > 0 && receive(); left--)
                     ;

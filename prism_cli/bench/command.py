@@ -25,6 +25,44 @@ _ROUNDS_MAX: Final = 100
 _PROCESSES_MAX: Final = 16
 _COUNT_MAX: Final = 1_000_000
 
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[WORKLOAD]...", help="Names, or `list`.  [default: all]"),
+]
+Rounds = Annotated[int, typer.Option(min=1, max=_ROUNDS_MAX, help="Rounds of each workload.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TIME",
+        parser=quantities.parse_positive_duration,
+        help=f"Length of an open loop.  [default: {_SECONDS:.0f}s]",
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(min=1, max=_COUNT_MAX, help="Sandboxes or execs, not the usual number."),
+]
+Processes = Annotated[
+    int,
+    typer.Option(min=1, max=_PROCESSES_MAX, help="Processes that unary creates come from."),
+]
+Real = Annotated[
+    bool, typer.Option("--real", help="Start real sandboxes where no simulated agents are.")
+]
+ChangeLeader = Annotated[
+    bool,
+    typer.Option(
+        "--change-leader/--keep-leader",
+        help="Have another member lead before the list is compared.",
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write every round as JSON, as it ends."),
+]
+Plot = Annotated[Path | None, typer.Option(metavar="DIR", help="Write SVG over time; needs pygal.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
@@ -42,50 +80,16 @@ def register(app: typer.Typer) -> None:
     )
     def bench(
         settings: Settings,
-        workloads: Annotated[
-            list[str] | None,
-            typer.Argument(metavar="[WORKLOAD]...", help="Names, or `list`.  [default: all]"),
-        ] = None,
-        rounds: Annotated[
-            int, typer.Option(min=1, max=_ROUNDS_MAX, help="Rounds of each workload.")
-        ] = 1,
-        seconds: Annotated[
-            float | None,
-            typer.Option(
-                metavar="TIME",
-                parser=quantities.parse_positive_duration,
-                help=f"Length of an open loop.  [default: {_SECONDS:.0f}s]",
-            ),
-        ] = None,
-        count: Annotated[
-            int | None,
-            typer.Option(min=1, max=_COUNT_MAX, help="Sandboxes or execs, not the usual number."),
-        ] = None,
-        processes: Annotated[
-            int,
-            typer.Option(min=1, max=_PROCESSES_MAX, help="Processes that unary creates come from."),
-        ] = 1,
-        real: Annotated[
-            bool,
-            typer.Option("--real", help="Start real sandboxes where no simulated agents are."),
-        ] = False,
-        change_leader: Annotated[
-            bool,
-            typer.Option(
-                "--change-leader/--keep-leader",
-                help="Have another member lead before the list is compared.",
-            ),
-        ] = True,
-        json_file: Annotated[
-            Path | None,
-            typer.Option("--json", metavar="FILE", help="Write every round as JSON, as it ends."),
-        ] = None,
-        plot: Annotated[
-            Path | None, typer.Option(metavar="DIR", help="Write SVG over time; needs pygal.")
-        ] = None,
-        markdown: Annotated[
-            bool, typer.Option("--markdown", help="Print the table as Markdown.")
-        ] = False,
+        workloads: Names = None,
+        rounds: Rounds = 1,
+        seconds: Seconds = None,
+        count: Count = None,
+        processes: Processes = 1,
+        real: Real = False,
+        change_leader: ChangeLeader = True,
+        json_file: JsonFile = None,
+        plot: Plot = None,
+        markdown: Markdown = False,
     ) -> None:
         """Put load on a cluster and hold the figures against the bars of a two-core machine.
 

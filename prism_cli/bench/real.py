@@ -19,6 +19,10 @@ from prism_cli.errors import CliError
 _FIRST_EXECS: Final = 30
 _EXECS: Final = 500
 _EXECS_IN_FLIGHT: Final = 8
+#: More in flight show whether it is the calls or the waits between them that bound the rate.
+_EXECS_IN_FLIGHT_MORE: Final = 16
+#: Output of one exec, in MiB; --count gives less.
+_OUTPUT_MIB: Final = 256
 _REAL_BURST: Final = 500
 _STARTS: Final = 15
 #: The server's own: a small share of a core would throttle what is timed.
@@ -49,21 +53,26 @@ def real_runtimes(target: Target) -> list[str]:
     return found
 
 
-async def execute(target: Target, sandbox: str) -> None:
-    """Run /bin/true, and require that it exits with 0.
+async def execute(target: Target, sandbox: str, *argv: str) -> int:
+    """Run a program, /bin/true unless another is named; return how many bytes it wrote.
 
     Raises:
-        CliError: It did not.
+        CliError: It did not exit with 0.
     """
+    argv = argv or ("/bin/true",)
     call = target.leader.Exec(timeout=target.timeout_s)
-    start = pb.ExecStart(sandbox=sandbox, request_id=str(uuid.uuid4()), argv=["/bin/true"])
+    start = pb.ExecStart(sandbox=sandbox, request_id=str(uuid.uuid4()), argv=argv)
     await call.write(pb.ExecRequest(start=start))
     await call.done_writing()
+    written = 0
     async for response in call:
-        if response.WhichOneof("response") == "exit":
-            if response.exit.exit_code != 0:
-                raise CliError(f"/bin/true exited with {response.exit.exit_code} in {sandbox}")
-            return
+        match response.WhichOneof("response"):
+            case "output":
+                written += len(response.output.data)
+            case "exit":
+                if response.exit.exit_code != 0:
+                    raise CliError(f"{argv[0]} exited with {response.exit.exit_code} in {sandbox}")
+                return written
     raise CliError(f"an exec in {sandbox} ended without an exit status")
 
 
@@ -158,13 +167,40 @@ async def _execs(target: Target, size: Size, sandbox: str, tally: Tally) -> dict
         now = time.perf_counter()
         latencies.append(now - started)
         tally.timeline.append((now - tally.started, now - started))
-    started = time.perf_counter()
 
     async def one(_: int) -> None:
         await execute(target, sandbox)
 
-    await each_of(range(count), _EXECS_IN_FLIGHT, one)
-    return {"execs_per_s": count / (time.perf_counter() - started), **latencies_ms(latencies)}
+    async def rate(in_flight: int) -> float:
+        started = time.perf_counter()
+        await each_of(range(count), in_flight, one)
+        return count / (time.perf_counter() - started)
+
+    return {
+        "execs_per_s": await rate(_EXECS_IN_FLIGHT),
+        f"execs_per_s_{_EXECS_IN_FLIGHT_MORE}_in_flight": await rate(_EXECS_IN_FLIGHT_MORE),
+        **latencies_ms(latencies),
+    }
+
+
+async def exec_output(target: Target, size: Size) -> Round:
+    """Have one exec write zeros as fast as they are taken, and take them as the API gives them."""
+    figures: dict[str, float] = {}
+    tally = Tally()
+    count = size.at_most(_OUTPUT_MIB) << 20
+    for runtime in real_runtimes(target):
+        request = target.request(runtime, ready=True, limits=_DEFAULTS)
+        sandbox = (await target.leader.CreateSandbox(request, timeout=target.timeout_s)).id
+        await execute(target, sandbox)
+        started = time.perf_counter()
+        written = await execute(target, sandbox, "head", "-c", str(count), "/dev/zero")
+        took_s = time.perf_counter() - started
+        if written != count:
+            raise CliError(f"{written} bytes of output came of {count} in {sandbox}")
+        figures[f"{runtime}_output_mb_per_s"] = written / 1e6 / took_s
+    cpu = tally.client_cpu()
+    await target.remove_run()
+    return Round(figures, {}, tally.timeline, cpu)
 
 
 async def real_burst(target: Target, size: Size) -> Round:
@@ -211,6 +247,8 @@ REAL: Final[Sequence[Workload]] = (
     Workload("exec-true", "/bin/true in a READY sandbox", exec_true,
              (Bar("bubblewrap_p50_ms", "at most", 8), Bar("bubblewrap_p99_ms", "at most", 25),
               Bar("bubblewrap_execs_per_s", "at least", 300))),
+    Workload("exec-output", "256 MiB of output of one exec", exec_output,
+             (Bar("bubblewrap_output_mb_per_s", "at least", 200),)),
     Workload("real-burst", "500 real sandboxes at once until READY", real_burst,
              (Bar("failures", "at most", 0), Bar("lost", "at most", 0),
               Bar("leftovers", "at most", 0))),

@@ -76,7 +76,9 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         row = await self._locate(first.start.sandbox, _RUNS, context)
         first.start.sandbox = row.id
         first.start.request_id = validation.request_id(first.start.request_id)
-        call = self._agent(row).Exec(_chain(first, request_iterator), timeout=_deadline(context))
+        call = self._exec_stream(row, "Exec")(
+            _chain(first, request_iterator), timeout=_deadline(context)
+        )
         async for response in _relay(call, row):
             yield response
 
@@ -89,7 +91,7 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
             raise InvalidArgumentError("start: the first request of an attach is its start")
         row = await self._locate(first.start.sandbox, _ON_A_NODE, context)
         first.start.sandbox = row.id
-        call = self._agent(row).AttachExec(
+        call = self._exec_stream(row, "AttachExec")(
             _chain(first, request_iterator), timeout=_deadline(context)
         )
         async for response in _relay(call, row):
@@ -285,13 +287,27 @@ class DataPath(sandbox_pb2_grpc.SandboxServiceServicer):
         return row
 
     def _agent(self, row: SandboxRow) -> agent_pb2_grpc.AgentServiceAsyncStub:
+        return self._stub(self._node(row))
+
+    def _exec_stream(self, row: SandboxRow, method: str) -> Any:
+        """Return a call of an agent whose answers stay bytes: output is passed on as it came."""
+        return self._api.agents.get(self._node(row).address).stream_stream(
+            f"/prism.agent.v1.AgentService/{method}",
+            request_serializer=_encode,
+        )
+
+    def _node(self, row: SandboxRow) -> NodeRow:
         node = self._api.machine().node(row.node_id)
         if node is None:
             raise NodeUnreachableError(f"node {row.node_name} of sandbox {row.name} is gone")
-        return self._stub(node)
+        return node
 
     def _stub(self, node: NodeRow) -> agent_pb2_grpc.AgentServiceAsyncStub:
         return agent_pb2_grpc.AgentServiceStub(self._api.agents.get(node.address))
+
+
+def _encode(request: Message) -> bytes:
+    return request.SerializeToString()
 
 
 async def _chain(first: First, rest: AsyncIterator[First]) -> AsyncIterator[First]:

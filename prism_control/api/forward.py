@@ -24,7 +24,8 @@ from prism_common.status import from_rpc_error
 from prism_control.state.commands import VERSION
 
 Request = TypeVar("Request", bound=Message)
-Response = TypeVar("Response", bound=Message)
+Response = TypeVar("Response")
+Response_co = TypeVar("Response_co", covariant=True)
 
 #: Marks a forwarded call: it is never forwarded again.
 FORWARDED: Final = "prism-forwarded"
@@ -46,6 +47,13 @@ _CONNECTION_LOST: Final = frozenset({"UNAVAILABLE", "CANCELLED"})
 #: Answered before the call's own deadline, so that the caller gets a reason; after what waits for
 #: READY says its own.
 _DEADLINE_MARGIN_S: Final = 0.02
+
+
+class Readable(Protocol[Response_co]):
+    """A message's class, or what else reads an encoded answer."""
+
+    def FromString(self, data: bytes, /) -> Response_co:
+        """Return the answer."""
 
 
 class LeaderView(Protocol):
@@ -84,7 +92,7 @@ class Forwarder:
         self,
         method: str,
         request: Request,
-        response_type: type[Response],
+        response_type: Readable[Response],
         context: grpc.aio.ServicerContext[Request, Response],
         local: Callable[[Request, float], Awaitable[Response]],
         needs: Callable[[], int] = lambda: 1,
@@ -147,7 +155,7 @@ class Forwarder:
         self,
         method: str,
         request: Request,
-        response_type: type[Response],
+        response_type: Readable[Response],
         address: str,
         timeout_s: float,
     ) -> Response:

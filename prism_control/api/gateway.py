@@ -30,7 +30,7 @@ class SessionServer(Protocol):
         self,
         register: agent_pb2.Register,
         requests: AsyncIterator[agent_pb2.SessionRequest],
-        write: Callable[[agent_pb2.SessionResponse], Awaitable[None]],
+        write: Callable[[agent_pb2.SessionResponse | bytes], Awaitable[None]],
     ) -> None:
         """Serve one agent until its session ends."""
 

@@ -17,12 +17,13 @@ from prism_control.api import validation
 from prism_control.api.context import ApiContext
 from prism_control.state import commands
 from prism_control.state.commands import Command
-from prism_control.state.model import SandboxRow, SandboxState, is_placed, pairs
+from prism_control.state.model import SandboxRow, SandboxState, Spec, is_placed, pairs
 from prism_control.state.results import Ok, Refused, Result
 
 #: Answered before the call's own deadline, so that the caller gets a reason and not a bare timeout.
 DEADLINE_MARGIN_S: Final = 0.05
 _WAITS: Final = frozenset(sandbox_pb2.WaitUntil.values())
+_READY: Final = (SandboxState.READY, SandboxState.PAUSED)
 #: States from which READY does not follow by itself.
 _NEVER_READY: Final = frozenset(
     {
@@ -36,25 +37,28 @@ _NEVER_READY: Final = frozenset(
 )
 
 
-def check_create(request: sandbox_pb2.CreateSandboxRequest) -> None:
-    """Raise InvalidArgumentError if a create cannot be proposed."""
+def check_create(request: sandbox_pb2.CreateSandboxRequest) -> Spec:
+    """Return a create's spec; raise InvalidArgumentError if it cannot be proposed."""
     if request.name:
         names.validate_name(request.name, "name")
-    validation.spec_of(request.spec)
+    spec = validation.spec_of(request.spec)
     if request.wait_until not in _WAITS:
         raise InvalidArgumentError(
             f"wait_until: {request.wait_until} is not COMMITTED or READY", field="wait_until"
         )
+    return spec
 
 
-def create_command(request: sandbox_pb2.CreateSandboxRequest) -> commands.CreateSandbox:
-    """Return what to propose for a create that was checked."""
+def create_command(
+    request: sandbox_pb2.CreateSandboxRequest, spec: Spec | None = None
+) -> commands.CreateSandbox:
+    """Return what to propose for a create that was checked, with what that has returned."""
     return commands.CreateSandbox(
         request_id=request.request_id,
         fingerprint=validation.fingerprint(request, "wait_until"),
         sandbox_id=names.generate_id("sb"),
         name=request.name or names.generate_name(),
-        spec=validation.spec_of(request.spec),
+        spec=spec or validation.spec_of(request.spec),
     )
 
 
@@ -147,7 +151,7 @@ class Waits:
         def is_ready(row: SandboxRow | None) -> bool:
             if row is None or row.state in _NEVER_READY:
                 raise _not_ready(sandbox_id, row)
-            return row.state in (SandboxState.READY, SandboxState.PAUSED)
+            return row.state in _READY
 
         return cast("SandboxRow", await self._until(sandbox_id, is_ready, ends))
 
@@ -162,6 +166,16 @@ class Waits:
             return latest is None or not is_placed(latest)
 
         return await self._until(row.id, is_gone, ends) or row
+
+    def ready_now(self, sandbox_id: str) -> SandboxRow | None:
+        """Return a sandbox if it is READY already."""
+        row = self._api.machine().sandbox(sandbox_id)
+        return row if row is not None and row.state in _READY else None
+
+    def deleted_now(self, row: SandboxRow) -> SandboxRow | None:
+        """Return a sandbox if no node has anything of it already."""
+        latest = self._api.machine().sandbox(row.id) or row
+        return None if is_placed(latest) else latest
 
     async def _until(
         self, sandbox_id: str, done: Callable[[SandboxRow | None], bool], ends: float

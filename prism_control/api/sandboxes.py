@@ -1,20 +1,17 @@
 """SandboxService: the lifecycle. The data path is in `data_path.py`."""
 
 import asyncio
-import base64
-import binascii
 import contextlib
-import struct
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc.aio
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_common import limits, names
+from prism_common import names
 from prism_common.errors import InvalidArgumentError
 from prism_control.api import validation
-from prism_control.api.batches import Batches, check_batch, version_of_batch
+from prism_control.api.batches import Batches, Encoded, check_batch, version_of_batch
 from prism_control.api.context import ApiContext
 from prism_control.api.data_path import DataPath
 from prism_control.api.lifecycle import (
@@ -29,11 +26,12 @@ from prism_control.api.lifecycle import (
     stop_command,
     update_command,
 )
-from prism_control.row_bytes import EventBytes, field_bytes
+from prism_control.api.listing import Listing, keeps
+from prism_control.row_bytes import EventBytes
 from prism_control.rows import sandbox_proto
 from prism_control.state.commands import Command, version_of
 from prism_control.state.events import SandboxChanged
-from prism_control.state.model import SandboxRow, SandboxState, Spec
+from prism_control.state.model import SandboxRow
 
 #: A request that names a sandbox and has an idempotency key.
 Changing = TypeVar(
@@ -47,12 +45,9 @@ Changing = TypeVar(
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 _SERVICE: Final = "/prism.sandbox.v1.SandboxService/"
-_PAGE_TOKEN: Final = struct.Struct(">Q")
 #: A watcher hears at least this often that nothing happened.
 _PROGRESS_INTERVAL_S: Final = 10.0
 _EVENTS_A_TURN: Final = 500
-#: A page ends here too: with full environments 50 sandboxes would not fit into a message.
-_PAGE_BYTES_MAX: Final = limits.MESSAGE_BYTES_MAX - 512 * limits.KIB
 
 
 class SandboxServicer(DataPath):
@@ -62,6 +57,7 @@ class SandboxServicer(DataPath):
         super().__init__(api)
         self._waits = Waits(api)
         self._batches = Batches(api, self._waits)
+        self._listing = Listing(api.machine)
         self._events = EventBytes()
 
     # ── Writes ───────────────────────────────────────────────────────────────────────────────
@@ -141,29 +137,29 @@ class SandboxServicer(DataPath):
             row = await self._waits.deleted(row, ends)
         return sandbox_proto(row)
 
-    async def BatchCreateSandboxes(
+    async def BatchCreateSandboxes(  # type: ignore[override]  # encoded already
         self, request: sandbox_pb2.BatchCreateSandboxesRequest, context: Context
-    ) -> sandbox_pb2.BatchCreateSandboxesResponse:
+    ) -> bytes:
         """Create many."""
         check_batch(request)
         return await self._api.forwarder.call(
             _SERVICE + "BatchCreateSandboxes",
             request,
-            sandbox_pb2.BatchCreateSandboxesResponse,
+            Encoded,
             context,
             self._batches.create,
             lambda: version_of_batch(request),
         )
 
-    async def BatchDeleteSandboxes(
+    async def BatchDeleteSandboxes(  # type: ignore[override]  # encoded already
         self, request: sandbox_pb2.BatchDeleteSandboxesRequest, context: Context
-    ) -> sandbox_pb2.BatchDeleteSandboxesResponse:
+    ) -> bytes:
         """Delete many."""
         check_batch(request)
         return await self._api.forwarder.call(
             _SERVICE + "BatchDeleteSandboxes",
             request,
-            sandbox_pb2.BatchDeleteSandboxesResponse,
+            Encoded,
             context,
             self._batches.delete,
         )
@@ -218,35 +214,14 @@ class SandboxServicer(DataPath):
         self, request: sandbox_pb2.ListSandboxesRequest, context: Context
     ) -> bytes:
         """Return a page of sandboxes, encoded."""
-        size = validation.page_size(request.page_size)
-        after = _decode_token(request.page_token)
-        labels = names.validate_labels(dict(request.label_selector), "label_selector")
-        states = {SandboxState(state) for state in self._states(request)}
-        keep = _keeps(labels, states, request.node)
-        machine = await self._fresh(request.consistency, context)
-        rows, last = machine.list_page(after, size, keep, tombstones=SandboxState.DELETED in states)
-        fields, count = field_bytes(rows, _PAGE_BYTES_MAX)
-        if count < len(rows):
-            last = rows[count - 1].create_revision
-        rest = sandbox_pb2.ListSandboxesResponse(
-            next_page_token=_encode_token(last) if last else "", revision=machine.revision
-        )
-        return fields + rest.SerializeToString()
-
-    @staticmethod
-    def _states(request: sandbox_pb2.ListSandboxesRequest) -> list[int]:
-        known = {int(state) for state in SandboxState}
-        for state in request.states:
-            if int(state) not in known:
-                raise InvalidArgumentError(f"states: {state} is not a state", field="states")
-        return list(request.states)
+        return await self._listing.page(request, lambda: self._fresh(request.consistency, context))
 
     async def WatchSandboxes(  # type: ignore[override]  # mostly encoded already
         self, request: sandbox_pb2.WatchSandboxesRequest, context: Context
     ) -> AsyncIterator[bytes | sandbox_pb2.WatchSandboxesResponse]:
         """Stream every change after a revision, and a sign of life while there is none."""
         labels = names.validate_labels(dict(request.label_selector), "label_selector")
-        keep = _keeps(labels, set(), "")
+        keep = keeps(frozenset(labels.items()), frozenset(), "")
         if request.revision < 0:
             raise InvalidArgumentError(f"revision: {request.revision} is below 0", field="revision")
         await self._fresh(sandbox_pb2.CONSISTENCY_LINEARIZABLE, context)
@@ -272,49 +247,3 @@ class SandboxServicer(DataPath):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(progress_at):
                         await self._api.changed.wait()
-
-
-def _keeps(
-    labels: dict[str, str], states: set[SandboxState], node: str
-) -> Callable[[SandboxRow], bool] | None:
-    """Return what keeps the rows that a request asks for; None: it asks for all.
-
-    Args:
-        labels: That a row must have.
-        states: One of which it must be in; none: any.
-        node: Id or name of its node; empty: any.
-    """
-    if not labels and not states and not node:
-        return None
-    wanted = set(labels.items())
-    last: Spec | None = None
-    fits = False
-
-    def keep(row: SandboxRow) -> bool:
-        nonlocal last, fits
-        if row.spec is not last:
-            # Rows beside one another mostly share their spec.
-            last, fits = row.spec, wanted <= set(row.spec.labels)
-        if not fits or (states and row.state not in states):
-            return False
-        return not node or node in (row.node_id, row.node_name)
-
-    return keep
-
-
-def _encode_token(revision: int) -> str:
-    return base64.urlsafe_b64encode(_PAGE_TOKEN.pack(revision)).decode().rstrip("=")
-
-
-def _decode_token(token: str) -> int:
-    if not token:
-        return 0
-    try:
-        decoded = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
-        (revision,) = _PAGE_TOKEN.unpack(decoded)
-    except (binascii.Error, struct.error, ValueError):
-        raise InvalidArgumentError(
-            f"page_token: {names.shorten(token)} is not one that a list returned",
-            field="page_token",
-        ) from None
-    return int(revision)

@@ -4,10 +4,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from prism_control.node.disk import Disk
 from prism_control.raft.core import Core
 from prism_control.raft.types import SnapshotMeta
 from prism_control.storage.errors import DiskFullError
@@ -70,7 +70,7 @@ class Compaction:
         store: LogStore,
         snapshots: SnapshotStore,
         machine: Snapshotted,
-        disk: Executor,
+        disk: Disk,
         wake: Callable[[], None],
         policy: SnapshotPolicy,
     ) -> None:
@@ -147,9 +147,7 @@ class Compaction:
     async def _compact(self, meta: SnapshotMeta) -> None:
         first_kept = self._first_kept(meta.index)
         try:
-            await asyncio.get_running_loop().run_in_executor(
-                self._disk, self._store.compact, meta, first_kept
-            )
+            await self._disk.run(self._store.compact, meta, first_kept)
         except DiskFullError as error:
             logger.error("the log could not be compacted to %d: %s", meta.index, error)
             self._retry_at = time.monotonic() + _RETRY_S

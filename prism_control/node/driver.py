@@ -2,23 +2,25 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from prism_common.errors import (
     NotLeaderError,
     OutcomeUnknownError,
-    PrismError,
     QueueFullError,
     StoppingError,
 )
 from prism_common.signal import Signal
 from prism_control.metrics import RaftMetrics
+from prism_control.node.announcer import CommitAnnouncer
 from prism_control.node.barriers import ReadBarriers
-from prism_control.node.compaction import Compaction, SnapshotPolicy, Snapshotted
+from prism_control.node.compaction import Compaction, SnapshotPolicy
+from prism_control.node.disk import Disk, DiskThread
+from prism_control.node.ports import Batch, MessageSink, ProposalSource, StateMachine
 from prism_control.raft.confchange import ConfigurationChange
 from prism_control.raft.core import Core
 from prism_control.raft.errors import (
@@ -54,46 +56,6 @@ _INBOX_LENGTH_MAX: Final = 20_000
 #: The loop is handed back after applying for so long: heartbeats and other calls go on.
 _APPLY_SLICE_S: Final = 0.01
 _DISK_FULL_RETRY_S: Final = 0.5
-#: Followers are told of a commit after so long, if no entry has carried it to them by then.
-_ANNOUNCE_COMMIT_S: Final = 0.005
-
-
-class StateMachine(Snapshotted, Protocol):
-    """What committed entries are applied to."""
-
-    def apply(self, index: int, data: bytes) -> object:
-        """Apply a command; return its result for whoever proposed it."""
-
-
-class Batch(Protocol):
-    """One entry to be proposed, and who waits for it."""
-
-    @property
-    def data(self) -> bytes:
-        """The encoded command."""
-
-    def resolve(self, result: object) -> None:
-        """It is committed and applied."""
-
-    def fail(self, error: Exception) -> None:
-        """It was not proposed, or its outcome is unknown, as the error says."""
-
-
-class ProposalSource(Protocol):
-    """Where the driver takes proposals from, once a turn: what waits then goes together."""
-
-    def take(self) -> Sequence[Batch]:
-        """Return the next entries to propose. Called on a leader only."""
-
-    def fail_all(self, error: PrismError) -> None:
-        """Fail what waits: this member does not lead, so nobody would ever take it."""
-
-
-class MessageSink(Protocol):
-    """What carries messages to peers."""
-
-    def send(self, messages: Iterable[Message]) -> None:
-        """Queue messages; each may be lost."""
 
 
 @dataclass(slots=True)
@@ -114,6 +76,7 @@ class Driver:
         source: Where proposals come from.
         metrics: What is measured.
         policy: When snapshots are taken.
+        disk: What writes the log beside the loop; closed at the end of the run.
     """
 
     def __init__(
@@ -125,13 +88,14 @@ class Driver:
         source: ProposalSource,
         metrics: RaftMetrics,
         policy: SnapshotPolicy | None = None,
+        disk: Disk | None = None,
     ) -> None:
         self._core = core
         self._store = store
         self._machine = machine
         self._source = source
         self._metrics = metrics
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="raft-disk")
+        self._disk: Disk = disk or DiskThread()
         self._wake = asyncio.Event()
         self._inbox: list[Message] = []
         self._unreachable: set[MemberId] = set()
@@ -157,8 +121,9 @@ class Driver:
         #: Notified when role, leader, term, readiness to lead or the configuration change.
         self.changed = Signal()
         self.leader_changes = 0
-        #: Runs while a commit waits to be carried to the followers.
-        self._announcement: asyncio.TimerHandle | None = None
+        self._announcer = CommitAnnouncer(core, self.wake)
+        #: Sets `_wake` at the next tick.
+        self._timer: asyncio.TimerHandle | None = None
 
     # ── What others ask ──────────────────────────────────────────────────────────────────────
 
@@ -298,15 +263,18 @@ class Driver:
             self._reads.close()
             self._close_asks()
             self._fail_all(OutcomeUnknownError("this member is stopping; the outcome is unknown"))
-            self._disk.shutdown(wait=True)
+            self._disk.close()
+            self._announcer.close()
 
     async def _sleep(self, next_tick: float) -> float:
         """Wait for work or for the next tick, and deliver it; return when the next one is due."""
         delay_s = next_tick - time.monotonic()
         if delay_s > 0 and not self._wake.is_set():
-            timer = asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+            if self._timer is None:
+                # In whole milliseconds, as some loops count: a turn before the tick is for nothing.
+                delay_s = math.ceil(delay_s * 1000) / 1000
+                self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
             await self._wake.wait()
-            timer.cancel()
         else:
             await asyncio.sleep(0)
         self._wake.clear()
@@ -318,6 +286,10 @@ class Driver:
         self._core.tick()
         return max(next_tick + TICK_S, now)
 
+    def _ring(self) -> None:
+        self._timer = None
+        self._wake.set()
+
     def _step_inbox(self) -> None:
         inbox, self._inbox = self._inbox, []
         for message in inbox:
@@ -325,6 +297,19 @@ class Driver:
 
     def _drain(self) -> None:
         self._step_inbox()
+        if self._unreachable or self._disconnected or self._snapshot_reports:
+            self._pass_reports_on()
+        if self._asks:
+            self._do_asks()
+        self._reads.ask(self._core)
+        if self._core.replication is not None:
+            self._propose(self._source.take())
+        else:
+            self._source.fail_all(
+                NotLeaderError("this member does not lead; nothing was proposed", retry_after_s=0.1)
+            )
+
+    def _pass_reports_on(self) -> None:
         unreachable, self._unreachable = self._unreachable, set()
         for member in sorted(unreachable):
             self._core.report_unreachable(member)
@@ -334,14 +319,6 @@ class Driver:
         reports, self._snapshot_reports = self._snapshot_reports, []
         for member, ok in reports:
             self._core.report_snapshot(member, ok)
-        self._do_asks()
-        self._reads.ask(self._core)
-        if self._core.replication is not None:
-            self._propose(self._source.take())
-        else:
-            self._source.fail_all(
-                NotLeaderError("this member does not lead; nothing was proposed", retry_after_s=0.1)
-            )
 
     def _close_asks(self) -> None:
         waiting = [future for _, future in self._asks] + list(self._transfers)
@@ -375,12 +352,19 @@ class Driver:
             self._note_soft_state(ready.soft_state)
         transport.send(ready.messages_now)
         if ready.needs_persist:
+            if ready.messages_now:
+                # They leave now: the disk's thread, once woken, holds the interpreter's lock first.
+                await asyncio.sleep(0)
             await self._persist(ready)
         self._core.persisted(ready)
         transport.send(ready.messages_after_persist)
         if ready.snapshot is not None:
             await self._compaction.install(ready.snapshot)
-        await self._apply(ready.committed)
+        if ready.committed:
+            if ready.messages_after_persist:
+                # The leader counts on this answer; what it has answered already is less urgent.
+                await asyncio.sleep(0)
+            await self._apply(ready.committed)
         self._reads.answer(ready, self._core.applied_index)
         if ready.transfer is not None:
             transfers, self._transfers = self._transfers, []
@@ -390,15 +374,10 @@ class Driver:
         self._show_configuration()
 
     async def _persist(self, ready: Ready) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                await loop.run_in_executor(
-                    self._disk,
-                    self._store.persist,
-                    ready.hard_state,
-                    ready.snapshot,
-                    ready.entries,
+                await self._disk.run(
+                    self._store.persist, ready.hard_state, ready.snapshot, ready.entries
                 )
             except DiskFullError as error:
                 # Nothing is acknowledged and no heartbeat is sent meanwhile, so a leader in this
@@ -420,6 +399,7 @@ class Driver:
 
     async def _apply(self, committed: Sequence[Entry]) -> None:
         slice_end = time.perf_counter() + _APPLY_SLICE_S
+        are_awaited = bool(self._pending)
         for entry in committed:
             result: object = None
             if entry.kind is EntryKind.NORMAL:
@@ -429,25 +409,14 @@ class Driver:
             if time.perf_counter() > slice_end:
                 await asyncio.sleep(0)
                 slice_end = time.perf_counter() + _APPLY_SLICE_S
-        if committed:
-            self._announce_commit_soon()
-            led = self.leads
-            self._core.applied(committed[-1].index)
-            if self.leads != led:
-                self.changed.notify()
+        self._announcer.applied()
+        led = self.leads
+        self._core.applied(committed[-1].index)
+        if self.leads != led:
+            self.changed.notify()
+        if are_awaited:
             # Who waits for these is answered before anything else is done.
             await asyncio.sleep(0)
-
-    def _announce_commit_soon(self) -> None:
-        if self._core.replication is None or self._announcement is not None:
-            return
-
-        def announce() -> None:
-            self._announcement = None
-            self._core.announce_commit()
-            self._wake.set()
-
-        self._announcement = asyncio.get_running_loop().call_later(_ANNOUNCE_COMMIT_S, announce)
 
     def _settle(self, entry: Entry, result: object) -> None:
         leads = self._core.replication is not None

@@ -22,6 +22,7 @@ from prism_control.state.commands import AssignSandboxes, Explanation, Placement
 from prism_control.state.events import Event, NodeChanged, SandboxChanged
 from prism_control.state.machine import Machine
 from prism_control.state.model import (
+    HOLDS_ALL,
     NOTHING,
     REFUSALS_MAX,
     NodeRow,
@@ -46,17 +47,6 @@ _EXPLAIN_PASS_MS: Final = 500
 #: Pairs of a parked shape and a node with new room that one pass looks at; what it does not come to
 #: is tried when its patience is over.
 _UNPARK_CHECKS_MAX: Final = 50_000
-
-_HOLDS_ALL: Final = frozenset(
-    {
-        SandboxState.SCHEDULED,
-        SandboxState.STARTING,
-        SandboxState.READY,
-        SandboxState.PAUSED,
-        SandboxState.STOPPING,
-        SandboxState.STOPPED,
-    }
-)
 
 #: Nodes by what they must have, whatever their room.
 _Class: TypeAlias = tuple[str, Pairs]
@@ -208,7 +198,7 @@ class Scheduler:
     # ── Events ───────────────────────────────────────────────────────────────────────────────
 
     def _sandbox_changed(self, row: SandboxRow, previous: SandboxRow | None) -> None:
-        if row.state in _HOLDS_ALL and previous is not None and previous.state in _HOLDS_ALL:
+        if previous is not None and HOLDS_ALL[previous.state] and _holds_all(row):
             if row.spec is not previous.spec:  # its limits may be others
                 self._account(previous, -1)
                 self._account(row, 1)
@@ -222,7 +212,7 @@ class Scheduler:
             return
         self._waiting.remove(row.id)
         if reservation is not None:
-            if row.state in _HOLDS_ALL and row.node_id == reservation.node_id:
+            if HOLDS_ALL[row.state] and row.node_id == reservation.node_id:
                 del self._reserved[row.id]  # confirmed: the room stays taken
                 return
             self._release(row.id, reservation)
@@ -354,6 +344,11 @@ class Scheduler:
             for view in (full + unsuitable + closed)[:REFUSALS_MAX]
         )
         return f"waits for a node: of {len(self._nodes)}, {counts or 'none refuses'}", refusals
+
+
+def _holds_all(row: SandboxRow) -> bool:
+    """Return whether a row holds all that its limits promise: `held_by` without the amounts."""
+    return HOLDS_ALL[row.state] or (row.state is SandboxState.DELETING and not row.end_ms)
 
 
 def _nearest_first(view: NodeView) -> tuple[float, str]:

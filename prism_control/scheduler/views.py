@@ -129,13 +129,15 @@ class NodeView:
 
     def rescore(self) -> None:
         """Compute the score anew: 0–100, higher takes the next sandbox first."""
+        # In one piece: each placement and each removal asks for it.
         room = self.capacity
-        score = (
-            _CPU * _part(self.cpu_free, room.cpu_millicores)
-            + _MEMORY * _part(self.memory_free, room.memory_bytes)
-            + _DISK * _part(self.disk_free, room.disk_bytes)
-            + _LOAD * max(0.0, 1.0 - self.load_per_core)
-        )
+        score = _LOAD * (1.0 - self.load_per_core) if self.load_per_core < 1.0 else 0.0
+        if self.cpu_free > 0 and room.cpu_millicores > 0:
+            score += _CPU * (self.cpu_free / room.cpu_millicores)
+        if self.memory_free > 0 and room.memory_bytes > 0:
+            score += _MEMORY * (self.memory_free / room.memory_bytes)
+        if self.disk_free > 0 and room.disk_bytes > 0:
+            score += _DISK * (self.disk_free / room.disk_bytes)
         #: Of the room that is free now; kept, so that comparing nodes costs nothing.
         self.score = max(0.0, score - _LEADER_PENALTY) if self.is_leader else score
 
@@ -182,11 +184,6 @@ class Reservation(NamedTuple):
     held: Amounts
     shape: Shape
     entry: Entry
-
-
-def _part(free: int, room: int) -> float:
-    """Return the free part of a room, 0 to 1."""
-    return free / room if free > 0 and room > 0 else 0.0
 
 
 def _mib(size: int) -> str:

@@ -274,6 +274,24 @@ class NodeRow(Struct, frozen=True, array_like=True, gc=False):
 _UNPLACED: Final = frozenset({SandboxState.PENDING, SandboxState.LOST, SandboxState.DELETED})
 
 
+#: By state: whether a sandbox holds all that its limits promise, and its node has work with it.
+HOLDS_ALL: Final = (
+    False,  # states count from 1
+    *(
+        state
+        in (
+            SandboxState.SCHEDULED,
+            SandboxState.STARTING,
+            SandboxState.READY,
+            SandboxState.PAUSED,
+            SandboxState.STOPPING,
+            SandboxState.STOPPED,
+        )
+        for state in SandboxState
+    ),
+)
+
+
 def is_placed(row: SandboxRow) -> bool:
     """Return whether the row's node has work with it: it is among that node's assignments."""
     return row.state not in _UNPLACED and row.node_id != ""

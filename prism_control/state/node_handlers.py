@@ -45,6 +45,9 @@ LOST_NODE_KEPT_MS: Final = 24 * 3600 * 1000
 #: Rows stay small, whatever an agent says.
 _MESSAGE_LENGTH_MAX: Final = 500
 
+#: Each report asks for these: a name of the module costs less than a member of an enum.
+_READY: Final = SandboxState.READY
+_REPORT_DELETED: Final = Cause.REPORT_DELETED
 _DESIRED_AFTER: Final = {
     SandboxState.STOPPING: DesiredState.STOPPED,
     SandboxState.STOPPED: DesiredState.STOPPED,
@@ -251,38 +254,41 @@ def _report(tables: Tables, node_id: str, report: Report) -> bool:
     if row is None or row.node_id != node_id or row.generation != report.generation:
         return False
     cause = CAUSE_OF_REPORT[report.state]
-    if report.start_count < row.start_count and cause is not Cause.REPORT_DELETED:
+    if report.start_count < row.start_count and cause is not _REPORT_DELETED:
         return False  # the agent has not heard of the start that is wanted now
     state = next_state(row.state, cause)
     if state is None:
         return False
-    runtime = intern(report.runtime or row.runtime)  # one text for a hundred thousand rows
+    # One text for a hundred thousand rows.
+    runtime = intern(report.runtime) if report.runtime else row.runtime
     if state is row.state and row.acknowledged and runtime == row.runtime:
         # Known; but that it is not held to its limits comes and goes while it runs.
         if LIMITS_NOT_HELD in (report.reason, row.reason) and _says_else(report, row):
             message = report.message[:_MESSAGE_LENGTH_MAX]
             tables.put_sandbox(row, reason=report.reason, message=message)
         return True
-    ended = state in _ENDED
-    if is_moving(row) and ended:
+    ended, moving = state in _ENDED, is_moving(row)
+    if moving and ended:
         _reschedule(tables, row, SandboxState.PENDING, f"its node {row.node_name!r} was drained")
         return True
     now_ms = tables.now_ms
     # Where the leader has ended it (a TTL), the agent need not say why again.
-    kept = ended or is_moving(row)
-    reason = row.reason if is_moving(row) else report.reason or (row.reason if kept else "")
+    kept = ended or moving
+    reason = row.reason if moving else report.reason or (row.reason if kept else "")
     message = report.message or (row.message if kept else "")
-    tables.put_sandbox(
+    fresh = replace(
         row,
+        revision=tables.revision + 1,
         state=state,
         desired=_DESIRED_AFTER.get(state, row.desired),
         runtime=runtime,
         reason=reason,
         message=message[:_MESSAGE_LENGTH_MAX],
-        ready_ms=now_ms if state is SandboxState.READY else row.ready_ms,
+        ready_ms=now_ms if state is _READY else row.ready_ms,
         end_ms=(row.end_ms or now_ms) if ended else row.end_ms,
         acknowledged=True,
     )
+    tables.succeed_sandbox(row, fresh)
     return True
 
 

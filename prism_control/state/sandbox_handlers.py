@@ -21,6 +21,7 @@ from prism_control.state.commands import (
     UpdateSandbox,
 )
 from prism_control.state.model import (
+    HOLDS_ALL,
     REFUSALS_MAX,
     DesiredState,
     NodeState,
@@ -29,7 +30,6 @@ from prism_control.state.model import (
     Spec,
     is_moving,
     is_placed,
-    need_of,
     new_sandbox,
     pairs,
 )
@@ -39,17 +39,10 @@ from prism_control.state.transitions import Cause, next_state
 
 TTL_EXPIRED: Final = "TTL_EXPIRED"
 GRACE_MS_DEFAULT: Final = int(GRACE_S_DEFAULT * 1000)
-#: States in which a sandbox holds all that its limits promise.
-_HOLD_ALL: Final = frozenset(
-    {
-        SandboxState.SCHEDULED,
-        SandboxState.STARTING,
-        SandboxState.READY,
-        SandboxState.PAUSED,
-        SandboxState.STOPPING,
-        SandboxState.STOPPED,
-    }
-)
+#: Each placement asks for these: a name of the module costs less than a member of an enum.
+_PLACE: Final = Cause.PLACE
+_NODE_READY: Final = NodeState.READY
+_NOTHING_HELD: Final = (0, 0, 0, 0)
 
 
 def create(tables: Tables, command: CreateSandbox) -> Ok | Refused:
@@ -163,7 +156,7 @@ def _refuse_limits(tables: Tables, row: SandboxRow, spec: Spec) -> Refused | Non
     its room back, and takes none again.
     """
     node = tables.nodes.get(row.node_id)
-    if row.state not in _HOLD_ALL or node is None:
+    if not HOLDS_ALL[row.state] or node is None:
         return _wrong_state(row, "given other limits")
     held, room, old, new = tables.allocated(node.id), node.capacity, row.spec, spec
     for what, added, used, whole in (
@@ -225,12 +218,12 @@ def expire(tables: Tables, command: ExpireSandboxes) -> Applied:
 
 def assign(tables: Tables, command: AssignSandboxes) -> Assigned:
     """Record the scheduler's decisions, as far as they still hold."""
-    refused = tuple(
+    refused = [
         placement.sandbox_id for placement in command.placements if not _place(tables, placement)
-    )
+    ]
     for explanation in command.explanations:
         _explain(tables, explanation)
-    return Assigned(refused)
+    return Assigned(tuple(refused))
 
 
 def _place(tables: Tables, placement: Placement) -> bool:
@@ -238,26 +231,31 @@ def _place(tables: Tables, placement: Placement) -> bool:
     node = tables.nodes.get(placement.node_id)
     if row is None or node is None or row.generation != placement.generation:
         return False
-    state = next_state(row.state, Cause.PLACE)
-    if state is None or node.state is not NodeState.READY or node.cordoned:
+    state = next_state(row.state, _PLACE)
+    if state is None or node.state is not _NODE_READY or node.cordoned:
         return False
-    held, need, room = tables.allocated(node.id), need_of(row.spec), node.capacity
+    cpu, memory, disk, slots = tables.held.get(node.id, _NOTHING_HELD)
+    need, room = row.spec, node.capacity
     if (
-        held.cpu_millicores + need.cpu_millicores > room.cpu_millicores
-        or held.memory_bytes + need.memory_bytes > room.memory_bytes
-        or held.disk_bytes + need.disk_bytes > room.disk_bytes
-        or held.slots + need.slots > room.slots
+        cpu + need.cpu_millicores > room.cpu_millicores
+        or memory + need.memory_bytes > room.memory_bytes
+        or disk + need.disk_bytes > room.disk_bytes
+        or slots >= room.slots
     ):
         return False
-    tables.put_sandbox(
+    tables.succeed_sandbox(
         row,
-        state=state,
-        node_id=node.id,
-        node_name=node.name,
-        schedule_ms=tables.now_ms,
-        reason="",
-        message="",
-        placement=(),
+        replace(
+            row,
+            revision=tables.revision + 1,
+            state=state,
+            node_id=node.id,
+            node_name=node.name,
+            schedule_ms=tables.now_ms,
+            reason="",
+            message="",
+            placement=(),
+        ),
     )
     return True
 
@@ -277,14 +275,16 @@ def remove(tables: Tables, row: SandboxRow, grace_ms: int, reason: str, message:
     if is_placed(row):
         if row.state is SandboxState.DELETING:  # only a shorter grace period is news
             return row if grace_ms >= row.grace_ms else tables.put_sandbox(row, grace_ms=grace_ms)
-        return tables.put_sandbox(
+        fresh = replace(
             row,
+            revision=tables.revision + 1,
             state=_follow(row, Cause.DELETE),
             desired=DesiredState.DELETED,
             grace_ms=grace_ms,
             reason=reason,
             message=message,
         )
+        return tables.succeed_sandbox(row, fresh)
     return tables.put_sandbox(
         row,
         state=_follow(row, Cause.REMOVE),

@@ -1,7 +1,7 @@
 """Kill an agent and its sandboxes' supervisors at random; at the end nothing may be left.
 
-With `PYTHONPATH=.:proto`: `python -m tests.integration.agent.random_kills --kills 1000 --seed 7`,
-or `--sandboxes 500`.
+`make kills KILLS=1000 SEED=7 RUNTIME=both`, or with `PYTHONPATH=.:proto`
+`python -m tests.integration.agent.random_kills --sandboxes 500`.
 """
 
 import argparse
@@ -9,11 +9,14 @@ import asyncio
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import grpc.aio
@@ -21,9 +24,10 @@ from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups
+from prism_agent.network import devices, tools
 from prism_agent.runtime import host
 from prism_common.limits import MIB
-from tests.integration.agent.conftest import why_no_sandboxes
+from tests.integration.agent.conftest import why_no_gvisor, why_no_sandboxes
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
 
@@ -35,9 +39,17 @@ DELETED = agent_pb2.OBSERVED_STATE_DELETED
 #: Sandboxes that live at once.
 LIVES = 6
 #: Any state is reached, and any exec answered, in this time, whatever is killed meanwhile.
-STEP_S = 60.0
+STEP_S = 120.0
 #: Longest time between two kills.
-PAUSE_S = 0.25
+PAUSE_S = 0.15
+#: So many kills may follow each other with nothing reached in between: what takes longer to start
+#: than kills are apart, on a busy machine, would otherwise never be.
+KILLS_IN_VAIN_MAX = 3
+#: Kills between two lines of progress.
+PROGRESS_KILLS = 10
+BUBBLEWRAP, GVISOR = "bubblewrap", "gvisor"
+#: What sandboxes are of, at random.
+RUNTIMES = {BUBBLEWRAP: (BUBBLEWRAP,), GVISOR: (GVISOR,), "both": (BUBBLEWRAP, GVISOR)}
 #: An agent is killed again while it starts: how often, and at most how long after its start.
 EARLY_SHARE = 0.25
 EARLY_S = 0.8
@@ -62,51 +74,100 @@ class Figures:
     execs: int = 0
     execs_lost: int = 0
     duration_s: float = 0.0
-    left: list[str] = field(default_factory=list)
+    #: What was left of sandboxes, by kind.
+    left: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def kills(self) -> int:
         return self.agent_kills + self.supervisor_kills
 
     def __str__(self) -> str:
+        counts = [f"{len(found)} {kind}" for kind, found in self.left.items()]
+        left = ", ".join(counts) or "not looked for"
         return (
             f"seed {self.seed}: {self.kills} kills ({self.agent_kills} of the agent, "
             f"{self.supervisor_kills} of supervisors) in {self.duration_s:.1f} s; "
             f"{self.sandboxes} sandboxes, {self.failed} of them failed; {self.execs} execs ran "
-            f"once, {self.execs_lost} were lost with their sandbox; left: {len(self.left)}"
+            f"once, {self.execs_lost} were lost with their sandbox; left: {left}"
+        )
+
+    def progress(self, kills: int) -> str:
+        """Return how far it is."""
+        return (
+            f"{self.kills} of {kills} kills, {self.duration_s / max(1, self.kills):.2f} s each; "
+            f"{self.sandboxes} sandboxes, {self.failed} of them failed; {self.execs} execs"
         )
 
 
-def left_of(agent: AgentProcess) -> list[str]:
-    """Return every trace of any sandbox of an agent."""
-    found = [f"process {pid} of {tag}" for pid, tag in host.supervised(f"{agent.node_id}/")]
-    found += [f"mount {path}" for path in host.mounts_below(agent.data_dir)]
-    for directory, names, _ in os.walk("/sys/fs/cgroup"):
-        if directory.endswith(f"/prism/{agent.node_id}"):
-            found += [f"cgroup {directory}/{name}" for name in names]
-    found += [f"directory {path}" for path in (agent.data_dir / "sandboxes").iterdir()]
-    return found
+def left_of(agent: AgentProcess) -> dict[str, list[str]]:
+    """Return every trace of any sandbox of an agent, by kind."""
+    node_id = agent.node_id
+    groups = [
+        f"{directory}/{name}"
+        for directory, names, _ in os.walk("/sys/fs/cgroup")
+        if directory.endswith(f"/prism/{node_id}")
+        for name in names
+    ]
+    inside = {line for group in groups for line in _lines_of(Path(group, "cgroup.procs"))}
+    networks = [] if os.geteuid() != 0 or tools.missing() else devices.owned(node_id)
+    return {
+        "processes": sorted(inside | {str(pid) for pid, _ in host.supervised(f"{node_id}/")}),
+        "mounts": [str(path) for path in host.mounts_below(agent.data_dir)],
+        "cgroups": groups,
+        "directories": [str(path) for path in (agent.data_dir / "sandboxes").iterdir()],
+        "network devices": [name for name, _ in networks],
+    }
 
 
-async def until_nothing_is_left(agent: AgentProcess, timeout_s: float) -> list[str]:
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        # It is gone by now.
+        return []
+
+
+async def until_nothing_is_left(agent: AgentProcess, timeout_s: float) -> dict[str, list[str]]:
     """Wait until no trace is left, and return those that are left in the end."""
     end_s = time.monotonic() + timeout_s
-    while (found := left_of(agent)) and time.monotonic() < end_s:  # noqa: ASYNC110
+    while any((found := left_of(agent)).values()) and time.monotonic() < end_s:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     return found
 
 
 class RandomKills:
-    """One agent that is killed, and a few sandboxes that come and go."""
+    """One agent that is killed, and a few sandboxes that come and go.
 
-    def __init__(self, agent: AgentProcess, gateway: Gateway, kills: int, seed: int) -> None:
+    Args:
+        agent: Is killed; not started yet.
+        gateway: Its leader.
+        kills: How often to kill, agent and supervisors together.
+        seed: Of what is killed when.
+        runtimes: What sandboxes are of.
+        tell: Called with the figures after some kills.
+    """
+
+    def __init__(
+        self,
+        agent: AgentProcess,
+        gateway: Gateway,
+        kills: int,
+        seed: int,
+        runtimes: tuple[str, ...],
+        tell: Callable[[Figures], None],
+    ) -> None:
         self._agent = agent
         self._gateway = gateway
         self._kills = kills
+        self._runtimes = runtimes
+        self._tell = tell
         self._random = random.Random(seed)
         self.figures = Figures(seed)
+        self._began_s = 0.0
         #: The agent serves.
         self._up = asyncio.Event()
+        #: Something was reached since the last kill.
+        self._reached = asyncio.Event()
         self._done = False
         groups, _ = cgroups.find_on_this_machine("test-kills")
         #: Without cgroups nothing can be paused.
@@ -116,7 +177,7 @@ class RandomKills:
 
     async def run(self) -> Figures:
         """Kill, then delete everything and look for what is left."""
-        began_s = time.monotonic()
+        self._began_s = time.monotonic()
         await self._agent.start()
         self._up.set()
         async with asyncio.TaskGroup() as group:
@@ -124,16 +185,26 @@ class RandomKills:
             for _ in range(LIVES):
                 group.create_task(self._lead_lives())
         self.figures.left = await until_nothing_is_left(self._agent, STEP_S)
-        self.figures.duration_s = time.monotonic() - began_s
+        self.figures.duration_s = time.monotonic() - self._began_s
         return self.figures
 
     # ── kills ──
 
     async def _kill(self) -> None:
+        next_told, in_vain = PROGRESS_KILLS, 0
         while self.figures.kills < self._kills:
+            if self.figures.kills >= next_told:
+                next_told += PROGRESS_KILLS
+                self.figures.duration_s = time.monotonic() - self._began_s
+                self._tell(self.figures)
             await asyncio.sleep(self._random.uniform(0, PAUSE_S))
             if not self._agent.alive:
                 raise AssertionError(f"the agent ended by itself; see {self._agent.log}")
+            if in_vain == KILLS_IN_VAIN_MAX:
+                async with asyncio.timeout(STEP_S):
+                    await self._reached.wait()
+            in_vain = 0 if self._reached.is_set() else in_vain + 1
+            self._reached.clear()
             if self._random.random() < AGENT_SHARE:
                 await self._kill_agent()
             else:
@@ -156,16 +227,24 @@ class RandomKills:
         self._up.set()
 
     def _kill_supervisor(self) -> None:
-        """Kill one process of those around and in a sandbox, of whatever it is just doing."""
-        found = host.supervised(f"{self._agent.node_id}/")
+        """Kill one process of those that a sandbox lives by, of whatever it is just doing."""
+        found = [pid for pid, _ in host.supervised(f"{self._agent.node_id}/")]
+        if GVISOR in self._runtimes:
+            # Of these the supervisor is no process of the host: its kernel is.
+            for path in (self._agent.data_dir / "sandboxes").glob("*/runsc/pid"):
+                found += [int(text) for text in _lines_of(path) if self._is_kernel(int(text))]
         if not found:
             return
-        pid, _ = self._random.choice(found)
         try:
-            os.kill(pid, 9)
+            os.kill(self._random.choice(found), 9)
         except ProcessLookupError:
             return
         self.figures.supervisor_kills += 1
+
+    @staticmethod
+    def _is_kernel(pid: int) -> bool:
+        """Return whether a pid that was written down is still one of runsc's."""
+        return any("runsc" in line for line in _lines_of(Path(f"/proc/{pid}/cmdline")))
 
     # ── lives ──
 
@@ -174,7 +253,10 @@ class RandomKills:
             self.figures.sandboxes += 1
             sandbox = f"sb-{self.figures.sandboxes}"
             limits = sandbox_pb2.Limits(memory_bytes=64 * MIB)
-            self._gateway.assign(sandbox, spec=sandbox_pb2.SandboxSpec(limits=limits))
+            runtime = self._random.choice(self._runtimes)
+            self._gateway.assign(
+                sandbox, spec=sandbox_pb2.SandboxSpec(limits=limits, runtime=runtime)
+            )
             failed = not await self._live(sandbox)
             self.figures.failed += failed
             self._gateway.want(sandbox, agent_pb2.DESIRED_STATE_DELETED, grace_s=0)
@@ -231,6 +313,7 @@ class RandomKills:
             name = agent_pb2.ObservedState.Name(agent_pb2.ObservedState.ValueType(state))
             report = self._gateway.reports.get(sandbox)
             raise AssertionError(f"{sandbox} is not {name} after {STEP_S} s: {report}") from None
+        self._reached.set()
         return self._gateway.reports[sandbox].state == state
 
     async def _exec(self, sandbox: str, request_id: str) -> bool:
@@ -257,6 +340,7 @@ class RandomKills:
             if (result.stdout, result.code) != (b"1\n", 0):
                 raise AssertionError(f"{sandbox} {request_id}: {result}")
             self.figures.execs += 1
+            self._reached.set()
             return True
 
 
@@ -292,7 +376,7 @@ async def many(agent: AgentProcess, gateway: Gateway, count: int) -> str:
         gateway.want(name, agent_pb2.DESIRED_STATE_DELETED, grace_s=0)
     deleted_s = await all_are(DELETED)
     left = await until_nothing_is_left(agent, STEP_S)
-    if left:
+    if any(left.values()):
         raise AssertionError(f"left: {left}")
     return (
         f"{count} sandboxes: all READY in {ready_s:.1f} s, an exec in each in {ran_s:.1f} s; "
@@ -318,7 +402,13 @@ async def run_in_each(agent: AgentProcess, names: list[str]) -> float:
     return time.monotonic() - began_s
 
 
-async def run_kills(directory: Path, kills: int, seed: int) -> Figures:
+async def run_kills(
+    directory: Path,
+    kills: int,
+    seed: int,
+    runtime: str = BUBBLEWRAP,
+    tell: Callable[[Figures], None] = lambda _: None,
+) -> Figures:
     """Kill at random, with a control plane and an agent of its own.
 
     Raises:
@@ -326,11 +416,14 @@ async def run_kills(directory: Path, kills: int, seed: int) -> Figures:
     """
     gateway = Gateway()
     await gateway.start()
-    agent = AgentProcess(directory / "data", gateway.address)
+    runtimes = RUNTIMES[runtime]
+    # A runtime that is not used need not be tried at each start.
+    flags = [f"--runtime={runtimes[0]}"] if len(runtimes) == 1 else []
+    agent = AgentProcess(directory / "data", gateway.address, *flags)
     try:
-        figures = await RandomKills(agent, gateway, kills, seed).run()
-        if figures.left:
-            raise AssertionError(f"left: {figures.left}")
+        figures = await RandomKills(agent, gateway, kills, seed, runtimes, tell).run()
+        if any(figures.left.values()):
+            raise AssertionError(f"{figures}: {figures.left}")
         if await agent.end() != 0 or "Traceback" in agent.log.read_text():
             raise AssertionError(f"the agent met an error; see {agent.log}")
     finally:
@@ -357,17 +450,32 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="kill so often")
     parser.add_argument("--seed", type=int, default=1, help="of what is killed when")
     parser.add_argument(
+        "--runtime", choices=list(RUNTIMES), default=BUBBLEWRAP, help="what sandboxes are of"
+    )
+    parser.add_argument(
         "--sandboxes", type=int, default=0, help="instead: have so many at once, then none"
     )
     options = parser.parse_args()
-    if problem := why_no_sandboxes():
+    problem = why_no_sandboxes()
+    if not problem and GVISOR in RUNTIMES[options.runtime]:
+        problem = why_no_gvisor()
+    if problem:
         print(problem, file=sys.stderr)
         return 1
+
+    def leave(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    def tell(figures: Figures) -> None:
+        print(figures.progress(options.kills), file=sys.stderr, flush=True)
+
+    # Unwinds, so that nothing is left of an unfinished run either.
+    signal.signal(signal.SIGTERM, leave)
     directory = Path(tempfile.mkdtemp(prefix="prism-kills-"))
     if options.sandboxes:
         print(asyncio.run(run_many(directory, options.sandboxes)))
     else:
-        print(asyncio.run(run_kills(directory, options.kills, options.seed)))
+        print(asyncio.run(run_kills(directory, options.kills, options.seed, options.runtime, tell)))
     shutil.rmtree(directory)
     return 0
 

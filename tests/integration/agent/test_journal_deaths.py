@@ -10,7 +10,7 @@ import pytest
 from prism.agent.v1 import agent_pb2
 
 from prism_agent import cgroups
-from prism_agent.journal_log import forget_frame
+from prism_agent.journal_log import MARKER_BYTES, JournalLog
 from tests.integration.agent import process
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess, Result
@@ -33,11 +33,13 @@ if when == "within":
     journal_log._REWRITE_BYTES_MIN = 2000
 def is_last(named):
     return named and next(counter) == int(number)
-def write(path, content, durable):
-    last = is_last(f"/sandboxes/{{sandbox}}/" in str(path))
+def write(descriptor, content):
+    last = is_last(f"/sandboxes/{{sandbox}}/" in os.readlink(f"/proc/self/fd/{{descriptor}}"))
+    if last and when == "within":
+        data_directory.write_all(descriptor, content[: len(content) // 2])
     if last and when != "after":
         os._exit({STATUS})
-    data_directory.write_atomically(path, content, durable)
+    data_directory.write_all(descriptor, content)
     if last:
         os._exit({STATUS})
 def add(descriptor, data):
@@ -56,7 +58,7 @@ def swap(new, old):
     replace(new, old)
     if last:
         os._exit({STATUS})
-exec_record.write_atomically, journal.append, journal.replace = write, add, swap
+exec_record.write_all, journal.append, journal.replace = write, add, swap
 from prism_agent.main import main
 main()
 """
@@ -115,11 +117,11 @@ class Mortal:
 async def until_forgotten(mortal: Mortal, sandbox: str) -> None:
     """Wait for the last write of a life, and for an agent that has outlived it."""
     journal, heartbeats = mortal.agent.data_dir / "journal", mortal.gateway.heartbeats
-    name, forgotten = sandbox.encode(), forget_frame(sandbox)
 
     def is_forgotten() -> bool:
-        said = journal.read_bytes()
-        return said.endswith(forgotten) or name not in said
+        log = JournalLog(bytes(MARKER_BYTES))
+        log.replay(journal.read_bytes())
+        return sandbox not in log
 
     await until(is_forgotten)
     count = len(heartbeats)

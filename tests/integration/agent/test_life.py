@@ -282,7 +282,16 @@ async def test_health_and_resources_are_measured(agent: AgentProcess, sandbox: s
     assert [each.name for each in resources.runtimes if each.ready] == ["bubblewrap"]
     health = await agent.node.GetHealth(node_pb2.GetHealthRequest())
     names = [each.name for each in health.checks]
-    assert names == ["runtime", "cgroup", "disk", "memory_pressure", "clock", "control_session"]
+    assert names == [
+        "runtime",
+        "cgroup",
+        "disk",
+        "journal",
+        "network",
+        "memory_pressure",
+        "clock",
+        "control_session",
+    ]
     by_name = {each.name: each for each in health.checks}
     assert by_name["control_session"].status == node_pb2.HEALTH_STATUS_OK
 

@@ -9,13 +9,15 @@ import grpc
 import grpc.aio
 import msgspec
 import pytest
+from prism.agent.v1 import agent_pb2
+from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups, limits
 from prism_agent.journal import Journal
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
-from tests.integration.agent.test_life import DELETED, FAILED, READY, until, until_no_traces
+from tests.integration.agent.test_life import DELETED, FAILED, READY, traces, until, until_no_traces
 
 
 async def kill_and_restart(agent: AgentProcess, gateway: Gateway) -> None:
@@ -44,6 +46,21 @@ async def test_running_exec_survives_kill_of_the_agent(
     assert whole.stdout == so_far.stdout + expected
     repeated = await agent.run(sandbox, ["sh", "-c", script], stdin=b"", request_id="once")
     assert repeated.exec_id == so_far.exec_id
+
+
+async def test_what_has_run_does_not_run_again_though_its_output_was_given_up(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    command = ["sh", "-c", "echo x >> /workspace/runs"]
+    assert (await agent.run(sandbox, command, request_id="once")).code == 0
+    assert await agent.end(signal.SIGKILL) == -signal.SIGKILL
+    (agent.data_dir / "sandboxes" / sandbox / "execs" / "1.ring").unlink()
+    await agent.start()
+    await gateway.wait_registrations(2)
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await agent.run(sandbox, command, request_id="once")
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    assert (await agent.run(sandbox, ["cat", "/workspace/runs"])).stdout == b"x\n"
 
 
 async def test_exec_that_ends_while_the_agent_is_away(
@@ -213,3 +230,56 @@ async def test_what_may_run_elsewhere_ends_without_its_agent(
     await gateway.wait_registrations(3)
     registered = {each.sandbox_id: each.state for each in gateway.registrations[-1].sandboxes}
     assert registered == {"sb-move": FAILED, "sb-stay": READY}
+
+
+def damage_last_record(agent: AgentProcess, sandbox_id: str) -> None:
+    """Let the newest record of a sandbox rot on the disk."""
+    path = agent.data_dir / "journal"
+    data = bytearray(path.read_bytes())
+    at = data.rindex(sandbox_id.encode())
+    data[at - 4 : at] = bytes(each ^ 0xFF for each in data[at - 4 : at])
+    path.write_bytes(data)
+
+
+async def test_rot_in_the_journal_costs_what_cannot_be_known_and_says_so(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    for name in ("sb-rot", "sb-last"):
+        gateway.assign(name)
+        await gateway.wait_for(name, READY)
+    # Of one, nothing is left but that it was being started.
+    await agent.kill()
+    damage_last_record(agent, "sb-rot")
+    # As the leader does with what an agent has not got any more.
+    gateway.assignments.pop("sb-rot")
+    await kill_and_restart(agent, gateway)
+    registered = {each.sandbox_id: each.state for each in gateway.registrations[-1].sandboxes}
+    assert registered == {sandbox: READY, "sb-last": READY}
+    left = traces(agent, "sb-rot")
+    assert [each for each in left if "mount" not in each or "sb-rot" in each] == []
+    assert "lost: its newest record was damaged" in agent.log.read_text()
+    health = await agent.node.GetHealth(node_pb2.GetHealthRequest())
+    (check,) = [each for each in health.checks if each.name == "journal"]
+    assert check.status == node_pb2.HEALTH_STATUS_WARNING
+    assert "1 records are lost" in check.message
+    assert (await agent.run(sandbox, ["echo", "x"])).stdout == b"x\n"
+
+
+async def test_what_runs_is_kept_though_its_newest_record_rotted(
+    agent: AgentProcess, gateway: Gateway, sandbox: str
+) -> None:
+    await agent.run(sandbox, ["touch", "here"])
+    for desired, state in (
+        (agent_pb2.DESIRED_STATE_PAUSED, agent_pb2.OBSERVED_STATE_PAUSED),
+        (agent_pb2.DESIRED_STATE_RUNNING, READY),
+    ):
+        gateway.want(sandbox, desired)
+        await gateway.wait_for(sandbox, state)
+    gateway.assign("sb-last")
+    await gateway.wait_for("sb-last", READY)
+    await agent.kill()
+    damage_last_record(agent, sandbox)
+    await kill_and_restart(agent, gateway)
+    await gateway.wait_for(sandbox, READY)
+    assert (await agent.run(sandbox, ["ls"])).stdout == b"here\n"
+    assert "lost: its newest record" not in agent.log.read_text()

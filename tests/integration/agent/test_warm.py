@@ -296,7 +296,7 @@ async def test_an_agent_that_dies_while_it_takes_one_leaves_nothing_of_it(
     dying = (
         "import os\n"
         "from prism_agent.runtime import warm\n"
-        f"warm.{place} = lambda *_: os._exit(86)\n"
+        f"warm.{place} = lambda *_, **__: os._exit(86)\n"
         "from prism_agent.main import main\n"
         "main()"
     )
@@ -327,7 +327,7 @@ async def test_one_that_cannot_be_used_is_removed_and_another_is_made(
     # When its directory is the sandbox's already.
     failing = (
         "from prism_agent.runtime import warm\n"
-        "def fail(*_): raise OSError(5, 'no such luck')\n"
+        "def fail(*_, **__): raise OSError(5, 'no such luck')\n"
         "warm.Running = fail\n"
         "from prism_agent.main import main\n"
         "main()"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import math
 from collections import deque
 from collections.abc import Coroutine, Iterable
 from contextvars import ContextVar
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from prism.agent.v1 import agent_pb2
 from prism.node.v1 import node_pb2
+from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent import limits
 from prism_agent.data_directory import NodeState
-from prism_agent.hosted import report_of
+from prism_agent.edge import Edge
+from prism_agent.hosted import Hosted, report_of
+from prism_agent.journal import record_of
 from prism_agent.reconcile import (
+    UP,
     Action,
     Assignment,
     Delete,
@@ -34,6 +37,7 @@ from prism_agent.reconcile import (
 from prism_agent.reports import ReportQueue
 from prism_agent.session import NodeIdentity, Session
 from tests.sim.plane.loop import EPOCH_S
+from tests.sim.plane.supervisor import SimSupervisor
 
 if TYPE_CHECKING:
     from tests.sim.plane.plane import Plane
@@ -78,11 +82,11 @@ class SimAgent:
         self._random = random
         self.data = _Data(f"nd-{number:020x}")
         #: (sandbox, generation) that run on the machine, whatever becomes of the agent.
-        self.processes: set[tuple[str, int]] = set()
+        self.processes: dict[tuple[str, int], SimSupervisor] = {}
         #: What the journal holds.
         self._journal: dict[str, Sandbox] = {}
-        #: When the sandboxes that may run elsewhere by then end by themselves, by the loop's time.
-        self.lease_ends_s = 0.0
+        #: Nobody starts it before this time of the loop; infinite: nobody does so ever.
+        self.away_until_s = 0.0
         #: What leaders have said of late: term, assignments, whether they were all.
         self.heard: deque[tuple[int, list[Assignment], bool]] = deque(maxlen=50)
         self._sandboxes: _Sandboxes | None = None
@@ -113,18 +117,53 @@ class SimAgent:
         self._task.cancel()
         self._task = self._sandboxes = None
         if machine_too:
+            for supervisor in self.processes.values():
+                supervisor.end()
             self.processes.clear()
-            return
-        loop = self._plane.loop
-        loop.call_at(max(self.lease_ends_s, loop.time()), self._end_unextended)
 
-    def _end_unextended(self) -> None:
-        """What each supervisor does that no agent has extended the lease of."""
-        if self.runs or self._plane.loop.time() < self.lease_ends_s:
-            return
-        for key, sandbox in self._journal.items():
-            if sandbox.wanted.reschedules:
-                self.processes.discard((key, sandbox.generation))
+    def come_back(self) -> None:
+        """Start the agent's process, unless it lives or is to stay away."""
+        if not self.runs and not self.is_away:
+            self.start()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody ever starts its process again; its machine goes on."""
+        return math.isinf(self.away_until_s)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether nobody starts its process yet."""
+        return self._plane.loop.time() < self.away_until_s
+
+    def begin(self, sandbox_id: str, generation: int) -> SimSupervisor:
+        """Let a sandbox's processes begin on the machine."""
+        self._plane.begins(self, sandbox_id, generation)
+        key = (sandbox_id, generation)
+        supervisor = SimSupervisor(self._plane.loop, lambda: self._lease_is_over(key))
+        self.processes[key] = supervisor
+        return supervisor
+
+    def end(self, key: tuple[str, int]) -> None:
+        """End a sandbox's processes, if it has any."""
+        supervisor = self.processes.pop(key, None)
+        if supervisor is not None:
+            supervisor.end()
+
+    def _lease_is_over(self, key: tuple[str, int]) -> None:
+        """A supervisor has ended all, and an agent that lives sees that."""
+        self._plane.trace("lease over", self.name, *key)
+        self.end(key)
+        if self._sandboxes is not None:
+            self._sandboxes.died(*key)
+
+    def unended(self) -> list[tuple[str, int]]:
+        """Return what runs here and may run elsewhere once its node is lost."""
+        return [
+            (sandbox_id, generation)
+            for (sandbox_id, generation), supervisor in self.processes.items()
+            if not supervisor.is_frozen and self._journal[sandbox_id].wanted.reschedules
+        ]
 
     def hear_again(self, random: Random) -> None:
         """Let the word of a leader that has been replaced arrive once more."""
@@ -174,6 +213,10 @@ class _Sandboxes:
         self.reconciler = Reconciler(
             _STARTS_MAX, state.term, fenced=state.lease_is_over(EPOCH_S + agent._plane.loop.now_s)
         )
+        #: The real one, for the leases of what it hosts alone.
+        self._edge = Edge(
+            cast("Any", None), {}, {}, self.reconciler, reports, cast("Any", None), self.perform
+        )
         self.started = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -183,14 +226,36 @@ class _Sandboxes:
         adopted = [replace(sandbox) for sandbox in journal.values()]
         # What belongs to nobody is swept.
         known = {(sandbox.sandbox_id, sandbox.generation) for sandbox in adopted}
-        self._agent.processes &= known
+        for key in self._agent.processes.keys() - known:
+            self._agent.end(key)
         for sandbox in adopted:
             alive = (sandbox.sandbox_id, sandbox.generation) in self._agent.processes
             if alive and sandbox.phase in (Phase.QUEUED, Phase.STARTING):
                 # Half a start is undone, and begun anew.
-                self._agent.processes.discard((sandbox.sandbox_id, sandbox.generation))
+                self._agent.end((sandbox.sandbox_id, sandbox.generation))
+            elif alive:
+                self._host(sandbox)
             self.perform(self.reconciler.adopt(sandbox, alive))
         self.started.set()
+
+    def _host(self, sandbox: Sandbox) -> None:
+        """Speak to the supervisor of a sandbox, as `Execs.connect` does."""
+        supervisor = self._agent.processes[sandbox.sandbox_id, sandbox.generation]
+        hosted = Hosted(
+            record_of(sandbox),
+            sandbox_pb2.SandboxSpec(),
+            cast("Any", None),
+            known_execs=cast("Any", supervisor),
+        )
+        self._edge.hosted[sandbox.sandbox_id] = hosted
+        self._edge.extend_lease(hosted)
+
+    def died(self, sandbox_id: str, generation: int) -> None:
+        """The processes of a sandbox have ended by themselves."""
+        self._edge.hosted.pop(sandbox_id, None)
+        sandbox = self.reconciler.sandboxes.get(sandbox_id)
+        if sandbox is not None and sandbox.generation == generation and sandbox.phase in UP:
+            self.perform(self.reconciler.died(sandbox_id, "LEASE_EXPIRED", "its lease is over"))
 
     # ── what the session asks ────────────────────────────────────────────────────────────────
 
@@ -217,8 +282,13 @@ class _Sandboxes:
         self._plane.trace("fence", self._agent.name)
         self.perform(self.reconciler.lease_expired())
 
+    def restore_lease(self, until_s: float) -> None:
+        self._edge.restore_lease(until_s)
+
     def renew_lease(self, until_s: float) -> None:
-        self._agent.lease_ends_s = until_s + limits.LEASE_GRACE_S
+        for sandbox_id, hosted in self._edge.hosted.items():
+            hosted.record.phase = self.reconciler.sandboxes[sandbox_id].phase
+        self._edge.renew_lease(until_s)
 
     def reports(self) -> list[agent_pb2.SandboxReport]:
         return [report_of(each, 1.0) for each in self.reconciler.sandboxes.values()]
@@ -263,20 +333,38 @@ class _Sandboxes:
         if self._random.random() < 0.03:
             self.perform(self.reconciler.start_failed(sandbox_id, "START_FAILED", "made up"))
             return
-        self._plane.begins(self._agent, *key)
+        self._agent.begin(*key)
+        self._host(sandbox)
         await asyncio.sleep(self._random.uniform(0.001, 0.2))
-        self.perform(self.reconciler.started(sandbox_id, "fake"))
+        if key in self._agent.processes:
+            self.perform(self.reconciler.started(sandbox_id, "fake"))
+        else:
+            self.perform(self.reconciler.start_failed(sandbox_id, "START_FAILED", "it has ended"))
 
     async def _end(self, sandbox_id: str, grace_s: float, *, delete: bool) -> None:
         await asyncio.sleep(self._random.uniform(0.001, min(grace_s, 0.5) + 0.05))
         sandbox = self.reconciler.sandboxes[sandbox_id]
-        self._agent.processes.discard((sandbox_id, sandbox.generation))
+        self._agent.end((sandbox_id, sandbox.generation))
+        self._edge.hosted.pop(sandbox_id, None)
         await asyncio.sleep(self._random.uniform(0.001, 0.02))
         outcome = self.reconciler.deleted if delete else self.reconciler.stopped
         self.perform(outcome(sandbox_id))
 
     async def _pause(self, sandbox_id: str, *, pause: bool) -> None:
         await asyncio.sleep(self._random.uniform(0.001, 0.02))
-        outcome = self.reconciler.paused if pause else self.reconciler.resumed
-        with contextlib.suppress(KeyError):
-            self.perform(outcome(sandbox_id))
+        sandbox = self.reconciler.sandboxes.get(sandbox_id)
+        key = (sandbox_id, sandbox.generation if sandbox else 0)
+        supervisor, hosted = self._agent.processes.get(key), self._edge.hosted.get(sandbox_id)
+        if sandbox is None or supervisor is None or hosted is None:
+            return
+        if pause and sandbox.phase is Phase.PAUSING:
+            # As `Pauses`: what is frozen has no lease.
+            supervisor.freeze()
+            supervisor.set_lease(0)
+            self.perform(self.reconciler.paused(sandbox_id))
+        elif not pause and sandbox.phase is Phase.RESUMING:
+            self._plane.begins(self._agent, *key)
+            supervisor.thaw()
+            hosted.record.phase = sandbox.phase
+            self._edge.extend_lease(hosted)
+            self.perform(self.reconciler.resumed(sandbox_id))

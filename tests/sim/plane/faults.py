@@ -77,11 +77,7 @@ class Faults:
         self._later(self._random.uniform(0.01, 3.0), member)
 
     def _later(self, delay_s: float, victim: SimMember | SimAgent) -> None:
-        def start() -> None:
-            if not victim.runs:
-                victim.start()
-
-        self._plane.loop.call_later(delay_s, start)
+        self._plane.loop.call_later(delay_s, victim.come_back)
 
     def _crash_agent(self) -> None:
         self._end(self._agent(), machine_too=False)

@@ -178,10 +178,9 @@ class Call:
             while True:
                 yield await self._up.get()
 
-        async def write(response: agent_pb2.SessionResponse) -> None:
-            copy = agent_pb2.SessionResponse()
-            copy.CopyFrom(response)
-            self._down.put(copy)
+        async def write(response: agent_pb2.SessionResponse | bytes) -> None:
+            data = response if isinstance(response, bytes) else response.SerializeToString()
+            self._down.put(agent_pb2.SessionResponse.FromString(data))
             await asyncio.sleep(0)
 
         names = f"{self._agent.name}-{self._member.name}"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 from functools import partial
 from random import Random
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from prometheus_client import CollectorRegistry
 
@@ -39,6 +39,8 @@ from tests.sim.plane.storage import MemoryLog, MemorySnapshots
 
 if TYPE_CHECKING:
     from tests.sim.plane.plane import Plane
+
+T = TypeVar("T")
 
 CLUSTER_ID = "cl-sim"
 #: As `node.server` has them.
@@ -108,6 +110,11 @@ class SimMember:
         self._task = self._plane.loop.create_task(self._run(self.life))
         wall_offset_s.set(0.0)
 
+    def come_back(self) -> None:
+        """Start the process, unless it lives."""
+        if not self.runs:
+            self.start()
+
     def crash(self) -> None:
         """End the process at once."""
         if self._task is None:
@@ -153,6 +160,7 @@ class SimMember:
             batcher,
             RaftMetrics(registry),
             self.policy,
+            _Disk(),
         )
         gate.attach(driver)
         leadership = Leadership(
@@ -269,6 +277,17 @@ class _Watched(Replica):
                 if is_placed and event.previous_state is SandboxState.PENDING:
                     self._placed(row, nodes[row.node_id])
         return results
+
+
+class _Disk:
+    """Stands in for the thread that writes: the loop decides how long that takes."""
+
+    def run(self, act: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+        """Do it after a while."""
+        return asyncio.get_running_loop().run_in_executor(None, act, *args)
+
+    def close(self) -> None:
+        """There is no thread."""
 
 
 class _Wire:

@@ -1,6 +1,6 @@
 """Known bugs around the core: of the batcher, the leader's duties, dispatch and the agents.
 
-The last three are bugs that the simulator found here. Two more that it found take too many seeds to
+Three of them are bugs that the simulator found here. Two more that it found take too many seeds to
 be found again, and have unit tests.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+from prism_agent.edge import Edge
 from prism_agent.reconcile import Reconciler, Sandbox
+from prism_agent.session import Session
 from prism_common.errors import PrismError
 from prism_control.batcher import Batcher, EntryBatch
 from prism_control.node.driver import Driver
@@ -21,9 +23,11 @@ from prism_control.scheduler.liveness import Liveness
 from prism_control.scheduler.views import NodeView, Shape
 from prism_control.state.commands import AssignSandboxes, CreateSandbox, EvictSandboxes, decode
 from prism_control.state.machine import Machine
+from prism_control.state.model import NodeState
 from prism_control.state.snapshot import encode_snapshot
 from prism_control.state.tables import Tables
 from tests.sim.mutant import Mutant
+from tests.sim.plane.supervisor import SimSupervisor
 
 
 def _answers_in_the_wrong_order(original: Any) -> Callable[..., Any]:
@@ -90,10 +94,11 @@ def _unknown_copies_stay(original: Any) -> Callable[..., Any]:
 
 
 def _lease_is_ignored(original: Any) -> Callable[..., Any]:
-    def lease_expired(self: Reconciler) -> list[Any]:
-        return []
+    def renew_lease(self: Session, sent_s: float) -> None:
+        # Supervisors are told so too: they would make up for an agent that ignores it alone.
+        original(self, sent_s + 3600.0)
 
-    return lease_expired
+    return renew_lease
 
 
 def _nodes_are_lost_too_soon(original: Any) -> Callable[..., Any]:
@@ -156,6 +161,25 @@ def _version_is_raised_by_who_was_heard(original: Any) -> Callable[..., Any]:
     return others
 
 
+def _cordoned_nodes_are_open(original: Any) -> Any:
+    return property(lambda self: self.row.state is NodeState.READY)
+
+
+def _supervisors_outlive_their_lease(original: Any) -> Callable[..., Any]:
+    def look(self: SimSupervisor) -> None:
+        """It ends when an agent says so."""
+
+    return look
+
+
+def _supervisors_outlast_the_leader(original: Any) -> Callable[..., Any]:
+    def lease_left_s(self: Edge, record: Any) -> float | None:
+        left_s = original(self, record)
+        return None if left_s is None else float(left_s) + 3.0
+
+    return lease_left_s
+
+
 def _mutant(
     title: str, seeds_max: int, owner: type, name: str, make: Callable[[Any], Callable[..., Any]]
 ) -> Mutant:
@@ -177,7 +201,7 @@ PLANE_MUTANTS = (
     ),
     _mutant("stale term is obeyed", 200, Reconciler, "accepts_term", _stale_term_is_obeyed),
     _mutant("unknown copies stay", 20, Reconciler, "_remove_unknown", _unknown_copies_stay),
-    _mutant("lease is ignored", 200, Reconciler, "lease_expired", _lease_is_ignored),
+    _mutant("lease is ignored", 200, Session, "_renew_lease", _lease_is_ignored),
     _mutant("nodes are lost too soon", 50, Liveness, "_judge", _nodes_are_lost_too_soon),
     _mutant("reservations are forgotten", 800, Scheduler, "forget", _reservations_are_forgotten),
     _mutant("labels are not compared", 20, NodeView, "suits", _labels_are_not_compared),
@@ -198,6 +222,21 @@ PLANE_MUTANTS = (
     ),
     _mutant(
         "new commands are not held back", 50, VersionGate, "may", _new_commands_are_not_held_back
+    ),
+    _mutant("cordoned nodes are open", 5, NodeView, "open", _cordoned_nodes_are_open),
+    _mutant(
+        "supervisors outlive their lease",
+        20,
+        SimSupervisor,
+        "_look",
+        _supervisors_outlive_their_lease,
+    ),
+    _mutant(
+        "supervisors outlast the leader's patience",
+        50,
+        Edge,
+        "_lease_left_s",
+        _supervisors_outlast_the_leader,
     ),
     _mutant(
         "version is raised by who was heard",

@@ -17,6 +17,7 @@ from prism_control.state.machine import Machine
 from prism_control.state.model import NodeRow, NodeState, SandboxRow, SandboxState, is_placed
 from prism_control.state.snapshot import encode_snapshot
 from tests.sim.invariants import ViolationError
+from tests.sim.plane.absences import Absences
 from tests.sim.plane.agent import CAPACITY, SimAgent, current_agent
 from tests.sim.plane.clients import Clients
 from tests.sim.plane.faults import Faults
@@ -34,6 +35,7 @@ MODULES = {
     "prism_control.node.compaction": ("time",),
     "prism_control.node.leader": ("time", "random"),
     "prism_agent.session": ("time", "secrets", "random"),
+    "prism_agent.edge": ("time",),
 }
 FAULTS_S = (8.0, 25.0)
 HEALED_MAX_S = 60.0
@@ -42,6 +44,8 @@ CHECK_INTERVAL_S = 0.1
 LIVENESS = LivenessConfig(
     heartbeat_ms_min=300, suspect_beats=3, lease_beats=5, lease_ms_min=2000, margin_ms=500
 )
+#: In the same measure: what no agent extends ends before its node is lost.
+SUPERVISORS_GRACE_S = 0.25
 #: States in which nothing is to come by itself.
 _AT_REST = frozenset(
     {
@@ -76,9 +80,13 @@ class Plane:
             SimMember(self, each, hard_state, first, Random(random.getrandbits(64)))
             for each in members
         ]
+        self.absences = Absences(self, Random(f"absences {seed}"))
+        agents = random.choice((1, 2, 4))
+        if self.absences.happen:
+            agents = 4
         self.agents = [
             SimAgent(self, number, Random(random.getrandbits(64)))
-            for number in range(1, random.choice((1, 2, 4)) + 1)
+            for number in range(1, agents + 1)
         ]
         self.clients = Clients(self, Random(random.getrandbits(64)))
         self.faults = Faults(self, Random(random.getrandbits(64)))
@@ -121,6 +129,7 @@ class Plane:
                 "prism_agent.session.open_channel",
                 lambda address: Channel(self, current_agent.get(), address),
             ),
+            mock.patch("prism_agent.limits.LEASE_GRACE_S", SUPERVISORS_GRACE_S),
         ]
         try:
             with virtual(MODULES, self.loop, self.random):
@@ -144,16 +153,18 @@ class Plane:
             agent.start()
         callers = [self.loop.create_task(self.clients.run()) for _ in range(3)]
         faults = self.loop.create_task(self.faults.run())
+        absences = self.loop.create_task(self.absences.run())
         checks = self.loop.create_task(self._check_always())
         try:
             await asyncio.sleep(self.random.uniform(*FAULTS_S))
             faults.cancel()
+            absences.cancel()
             self._heal()
             await self._until("callers are answered", lambda: all(c.done() for c in callers))
             await self._until("all come to rest", self._is_at_rest)
             self._check_end()
         finally:
-            tasks = [*callers, faults, checks]
+            tasks = [*callers, faults, absences, checks]
             for task in tasks:
                 task.cancel()
             for member in self.members:
@@ -187,11 +198,9 @@ class Plane:
             member.has_room = True
             if not member.is_new:
                 member.upgrade()
-            if not member.runs:
-                member.start()
+            member.come_back()
         for agent in self.agents:
-            if not agent.runs:
-                agent.start()
+            agent.come_back()
 
     async def _until(self, what: str, done: Callable[[], bool]) -> None:
         ends = self.loop.time() + HEALED_MAX_S
@@ -207,16 +216,19 @@ class Plane:
     # ── What must hold all the time ──────────────────────────────────────────────────────────
 
     def begins(self, agent: SimAgent, sandbox_id: str, generation: int) -> None:
-        """A sandbox's processes begin on an agent's machine."""
+        """A sandbox's processes begin, or are thawed, on an agent's machine.
+
+        What counts is what runs on other machines, whether an agent lives there or not.
+        """
         self.trace("begins", agent.name, sandbox_id, generation)
         for other in self.agents:
-            for running_id, running_generation in other.processes:
-                if running_id == sandbox_id and other is not agent:
+            for (running_id, running_generation), supervisor in other.processes.items():
+                is_same = running_id == sandbox_id and not supervisor.is_frozen
+                if is_same and other is not agent:
                     self._violated(
                         f"{sandbox_id} of generation {generation} begins on {agent.name} while "
                         f"generation {running_generation} runs on {other.name}"
                     )
-        agent.processes.add((sandbox_id, generation))
 
     def check_placement(self, row: SandboxRow, node: NodeRow) -> None:
         """A placement is committed: its node must have been fit for it."""
@@ -285,7 +297,8 @@ class Plane:
             return False
         machine = leader.replica.machine
         rows = _rows(machine)
-        if any(node.state is not NodeState.READY for node in machine.nodes()):
+        gone = {agent.node_id for agent in self.agents if agent.is_gone}
+        if not all(_is_settled(node, node.id in gone) for node in machine.nodes()):
             return False
         if not all(row.state in _AT_REST or _waits(row) for row in rows):
             return False
@@ -293,7 +306,7 @@ class Plane:
         found = {
             (sandbox_id, generation, agent.node_id)
             for agent in self.agents
-            for sandbox_id, generation in agent.processes
+            for sandbox_id, generation in (agent.unended() if agent.is_gone else agent.processes)
         }
         return wanted == found and all(
             member.replica.machine.command_version == VERSION
@@ -337,6 +350,11 @@ class Plane:
         running = {agent.name: sorted(agent.processes) for agent in self.agents}
         wanted = sorted((r.id, r.generation, r.node_name) for r in rows if r.state in _RUNNING)
         return f"{nodes}; not at rest: {odd}; wanted {wanted}; running {running}"
+
+
+def _is_settled(node: NodeRow, is_gone: bool) -> bool:
+    """Whether a node is as it should be once all is healed."""
+    return node.state is (NodeState.LOST if is_gone else NodeState.READY)
 
 
 def _waits(row: SandboxRow) -> bool:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from prism.agent.v1 import agent_pb2
@@ -15,14 +16,16 @@ from prism.sandbox.v1 import sandbox_pb2
 from prometheus_client import CollectorRegistry
 
 from prism_agent import journal as journal_module
-from prism_agent.journal import Journal, Record
+from prism_agent import limits
+from prism_agent.journal import Journal, Record, record_of
 from prism_agent.metrics import AgentMetrics
-from prism_agent.model import Assignment, Desired, Phase
+from prism_agent.model import Assignment, Desired, Phase, Sandbox
 from prism_agent.reconcile import Reconciler
 from prism_agent.reports import ReportQueue
 from prism_agent.runtime.base import Running
 from prism_agent.runtime.fake import FakeRuntime
 from prism_agent.sandboxes import Sandboxes
+from prism_control.scheduler.liveness import LivenessConfig
 
 READY = agent_pb2.OBSERVED_STATE_READY
 STARTING = agent_pb2.OBSERVED_STATE_STARTING
@@ -257,3 +260,43 @@ async def test_each_deadline_is_kept_whichever_was_set_first(tmp_path: Path) -> 
         assert gone == ["sb-soon", "sb-next", "sb-late"]
         assert time.monotonic() - began_s >= 1.5
         assert node.registers() == {"sb-forever": READY}
+
+
+# ── leases ──
+
+
+class Told:
+    """Stands in for a sandbox's execs: hears what its supervisor is told."""
+
+    def __init__(self) -> None:
+        self.leases: list[float] = []
+
+    def set_lease(self, left_s: float) -> None:
+        self.leases.append(left_s)
+
+
+async def test_what_starts_before_a_leader_is_heard_has_the_lease_of_before(
+    tmp_path: Path,
+) -> None:
+    sandboxes = Node(tmp_path).sandboxes
+    edge = sandboxes._edge
+    wanted = Assignment("sb-1", 1, Desired.RUNNING, reschedules=True)
+    hosted = edge.host(record_of(Sandbox(wanted, Phase.READY)))
+    adopted = Told()
+    hosted.known_execs = cast("Any", adopted)
+    sandboxes.restore_lease(time.monotonic() + 100)
+    # What was adopted knows better.
+    assert adopted.leases == []
+    # What a new supervisor is told when it is connected to.
+    edge.extend_lease(hosted)
+    assert 60 < adopted.leases[0] <= 100 + limits.LEASE_GRACE_S
+    sandboxes.renew_lease(time.monotonic() + 1000)
+    assert 900 < adopted.leases[1] <= 1000 + limits.LEASE_GRACE_S
+
+
+@pytest.mark.parametrize("agents", [1, 100, 1000, 100_000])
+def test_supervisors_end_before_the_leader_gives_their_node_up(agents: int) -> None:
+    config = LivenessConfig()
+    lease_ms = config.lease_ms(config.heartbeat_ms(agents))
+    patience_ms = lease_ms + lease_ms // 10 + config.margin_ms
+    assert patience_ms - (lease_ms + 1000 * limits.LEASE_GRACE_S) >= 2500

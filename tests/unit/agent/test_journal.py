@@ -3,9 +3,11 @@
 import errno
 import os
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prism_agent import journal as journal_module
@@ -136,7 +138,83 @@ def test_ids_that_could_leave_the_directory_are_refused(path: Path, sandbox_id: 
         Journal(path).directory(sandbox_id)
 
 
+# ── damage ──
+
+
+def write_damaged(path: Path) -> None:
+    """Have a journal of three sandboxes, of which the second's newer record has rotted."""
+    journal = Journal(path)
+    for name in ("sb-1", "sb-2", "sb-2", "sb-3"):
+        begin = file_of(path).stat().st_size if file_of(path).exists() else 0
+        record = make(name)
+        record.pid = begin
+        journal.save(record)
+        journal.sync()
+        if name == "sb-2":
+            region = begin, file_of(path).stat().st_size
+    journal.close()
+    data = bytearray(file_of(path).read_bytes())
+    data[region[0] + 20 : region[1] - 20] = bytes(region[1] - region[0] - 40)
+    file_of(path).write_bytes(data)
+
+
+def test_a_damaged_part_costs_what_is_in_it_and_no_more(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_damaged(path)
+    journal = Journal(path)
+    records = journal.load()[0]
+    assert {name: each.uncertain for name, each in records.items()} == {
+        "sb-1": False,
+        "sb-2": True,
+        "sb-3": False,
+    }
+    assert "1 records are lost, with the newest of 1 sandboxes" in journal.problem
+    (line,) = [each for each in caplog.records if each.message == "the journal is damaged"]
+    assert line.__dict__["sandboxes"] == "sb-2"
+    journal.close()
+    # The file is whole again, and says still of whom something was lost.
+    later = Journal(path)
+    assert later.load()[0] == records
+    assert later.problem == ""
+    record = make("sb-2")
+    later.save(record)
+    assert read(path)[0]["sb-2"] == record
+
+
+def test_death_while_a_damaged_file_is_replaced_loses_no_doubt(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_damaged(path)
+    before = file_of(path).read_bytes()
+
+    def die(new: Path, old: Path) -> None:
+        raise OSError(errno.EIO, "died")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(journal_module, "replace", die)
+        with pytest.raises(StartupError):
+            Journal(path).load()
+    assert file_of(path).read_bytes() == before
+    assert read(path)[0]["sb-2"].uncertain
+
+
 # ── a version before ──
+
+
+def old_frame(key: str, content: bytes) -> bytes:
+    payload = b"\x01" + bytes([len(key)]) + key.encode() + content
+    checksum = zlib.crc32(payload, len(payload))
+    return len(payload).to_bytes(4, "little") + checksum.to_bytes(4, "little") + payload
+
+
+def test_a_file_of_the_version_before_is_read_and_replaced(path: Path) -> None:
+    records = {name: make(name) for name in ("sb-1", "sb-2")}
+    frames = [old_frame(name, msgspec.msgpack.encode(each)) for name, each in records.items()]
+    file_of(path).write_bytes(b"PRISMJ1\n" + b"".join(frames))
+    assert read(path)[0] == records
+    assert file_of(path).read_bytes().startswith(b"PRISMJ2\n")
+    assert read(path)[0] == records
 
 
 def write_old(path: Path, name: str = "sb-1", content: bytes = OLD_RECORD) -> Path:

@@ -69,6 +69,9 @@ class OneProcess:
     async def delete(self, record: Record) -> None:
         await self.kill(record)
 
+    def oom_kills(self, record: Record) -> int:
+        return 0
+
     def usage(self, record: Record) -> Usage:
         return Usage()
 

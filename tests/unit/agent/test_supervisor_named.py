@@ -4,6 +4,7 @@ gVisor is not needed: the supervisor is root in a PID namespace, as it is there.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -12,13 +13,31 @@ from pathlib import Path
 
 import pytest
 
+from prism_agent.network.relayed import Relayed
 from prism_agent.runtime.base import Shared
 from prism_agent.runtime.bubblewrap import SUPERVISOR
 from prism_agent.shared_files import SharedFiles
 from prism_agent.supervisor import protocol
 from prism_agent.supervisor.protocol import Message, Request, State
 from prism_agent.supervisor.ring import Ring
+from prism_common.errors import WrongStateError
+from tests.integration.agent.ports import ECHO
 from tests.unit.agent.supervised import RING_BYTES, Supervised, output_of
+
+#: Says how each connection ended.
+ENDING = """
+import socket, sys, time
+listener = socket.create_server((sys.argv[1], int(sys.argv[2])))
+print("up", flush=True)
+while True:
+    connection = listener.accept()[0]
+    try:
+        while connection.recv(65536):
+            pass
+        print("end", flush=True)
+    except OSError as error:
+        print(type(error).__name__, flush=True)
+"""
 
 
 class Named:
@@ -150,6 +169,91 @@ async def test_a_link_in_place_of_the_socket_leads_nowhere(named: Named, tmp_pat
     (named.shared / "control").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Exception, match="does not answer"):
         await named.supervised.client.connect(named.shared / "control")
+
+
+# ── ports ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Port(Relayed):
+    """A connection to a port, as the agent has it."""
+
+    def __init__(self, named: Named, number: int) -> None:
+        def ask(number: int, port: int) -> None:
+            named.supervised.client.send(Message(Request.RELAY, number, port))
+
+        shared = Shared(named.shared, 0)
+        super().__init__(shared, number, ask, lambda _: None, contextlib.nullcontext())
+
+    async def all(self) -> bytes:
+        return b"".join([data async for data in self.received()])
+
+    def break_the_rules(self, data: bytes) -> None:
+        assert self._writer is not None
+        self._writer.write(data)
+
+
+async def listen(named: Named, program: str, number: int = 1, address: str = "127.0.0.1") -> Ring:
+    python = shutil.which("python3", path="/usr/bin:/bin")
+    if python is None:
+        pytest.skip("needs python3 in the system")
+    ring = named.start(number, [python, "-c", program, address, "8000"])
+    await named.until(ring, b"up\n")
+    return ring
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_bytes_and_ends_pass_both_ways_to_a_port(named: Named, address: str) -> None:
+    await listen(named, ECHO, address=address)
+    data = os.urandom(1_000_000)
+
+    async def one(number: int) -> None:
+        async with asyncio.timeout(20), Port(named, number) as port:
+            await port.connect(8000)
+            await port.send(data)
+            port.send_eof()
+            assert await port.all() == data + b"|1000000"
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(10):
+            group.create_task(one(number))
+    assert named.names() == ["control"]
+
+
+async def test_what_is_no_frame_breaks_a_connection_off(named: Named) -> None:
+    ring = await listen(named, ENDING)
+    for data in (b"\xff\xff\xff\xff", b"\1\0\1\0", bytes(4) + b"\1\0\0\0x"):
+        async with asyncio.timeout(20), Port(named, 1) as port:
+            await port.connect(8000)
+            port.break_the_rules(data)
+            with pytest.raises(WrongStateError, match="broke the connection off"):
+                await port.all()
+    # It was told of two resets; what had ended in good order by then had done so.
+    await named.until(ring, b"ConnectionResetError\nConnectionResetError\nend\n")
+
+
+async def test_who_goes_away_is_noticed_though_nobody_reads(named: Named) -> None:
+    ring = await listen(named, ENDING.replace("try:", "try:\n        time.sleep(1.5)"))
+    async with asyncio.timeout(20):
+        async with Port(named, 1) as port:
+            await port.connect(8000)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    while True:
+                        await port.send(bytes(60_000))
+    await named.until(ring, b"ConnectionResetError\n")
+
+
+async def test_a_port_that_does_not_answer_is_told(named: Named) -> None:
+    async with asyncio.timeout(20), Port(named, 1) as port:
+        with pytest.raises(WrongStateError, match="nothing listens"):
+            await port.connect(8000)
+    for number in (0, 65_536):
+        named.supervised.events.clear()
+        named.supervised.client.send(Message(Request.RELAY, 1, number))
+        assert (await named.supervised.error()).a == errno.EINVAL
+    named.supervised.events.clear()
+    named.supervised.client.send(Message(Request.RELAY, 7, 8000))
+    assert (await named.supervised.error()).a == errno.ECONNREFUSED
 
 
 def test_what_is_there_already_is_not_written(tmp_path: Path) -> None:

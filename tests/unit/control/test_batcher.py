@@ -430,6 +430,35 @@ async def test_what_waits_for_company_rides_along_with_what_is_due(clock: Clock)
     await asyncio.gather(stop, *creates)
 
 
+async def test_between_creates_in_quick_succession_other_commands_wait_for_the_next(
+    clock: Clock,
+) -> None:
+    """A placement of one create would keep the next one waiting for a turn of its own."""
+    bench = Bench(BatchingSettings())
+    for number in range(60):
+        made = bench.submit(create(f"s{number}"))
+        await settle()
+        # At this rate no create waits for company.
+        bench.commit(batches := bench.batcher.take())
+        assert names(batches) == [[f"s{number}"]]
+        await made
+        clock.now += 0.005
+    alone = bench.submit(StopSandbox("", b"f", "s0", 0))
+    await settle()
+    bench.commit(bench.batcher.take())
+    await alone
+    stop = bench.submit(StopSandbox("", b"f", "s1", 0))
+    await settle()
+    assert bench.batcher.take() == []
+    clock.now += 0.001
+    made = bench.submit(create("next"))
+    await settle()
+    batches = bench.batcher.take()
+    assert names(batches) == [["s1"], ["next"]]
+    bench.commit(batches)
+    await asyncio.gather(stop, made)
+
+
 async def test_most_of_a_crowd_goes_at_once_and_does_not_wait_for_the_rest(clock: Clock) -> None:
     """Clients that wait for their answers send no more: waiting for them is in vain."""
     bench = Bench(BatchingSettings(threshold=0))

@@ -136,7 +136,9 @@ class Agent:
         while (request := await self._requests.get()) is not None:
             yield request
 
-    async def _write(self, response: agent_pb2.SessionResponse) -> None:
+    async def _write(self, response: agent_pb2.SessionResponse | bytes) -> None:
+        if isinstance(response, bytes):
+            response = agent_pb2.SessionResponse.FromString(response)
         # As gRPC has it: one write at a time.
         assert not self._writing
         self._writing = True

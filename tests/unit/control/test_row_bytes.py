@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_control.row_bytes import EventBytes, field_bytes, varint
+from prism_control.row_bytes import EventBytes, field_bytes, result_bytes, varint
 from prism_control.rows import sandbox_proto
 from prism_control.state.model import (
     DesiredState,
@@ -54,18 +54,18 @@ def row_with(
     node: tuple[str, str], times: tuple[int, ...], key: tuple[str, str], **fields: Any
 ) -> SandboxRow:
     """Return a row of parts that go together."""
-    create_ms, expire_ms, schedule_ms, ready_ms = times
+    create_ms, expire_ms, schedule_ms, ready_ms, end_ms = times
     return SandboxRow(
         *key, desired=DesiredState.RUNNING, create_revision=1, create_ms=create_ms,
-        expire_ms=expire_ms, schedule_ms=schedule_ms, ready_ms=ready_ms, node_id=node[0],
-        node_name=node[1], **fields,
+        expire_ms=expire_ms, schedule_ms=schedule_ms, ready_ms=ready_ms, end_ms=end_ms,
+        node_id=node[0], node_name=node[1], **fields,
     )  # fmt: skip
 
 
 plain_rows = st.builds(
     row_with,
     node=nodes,
-    times=st.tuples(times_ms, times_ms, times_ms, times_ms),
+    times=st.tuples(times_ms, times_ms, times_ms, times_ms, times_ms),
     key=st.tuples(st.sampled_from(["sb-1", "sb-" + "0" * 20]), st.sampled_from(["n", "n" * 63])),
     spec=specs,
     state=st.sampled_from(SandboxState),
@@ -76,7 +76,7 @@ plain_rows = st.builds(
 odd_rows = st.builds(
     row_with,
     node=nodes,
-    times=st.tuples(times_ms, times_ms, times_ms, times_ms),
+    times=st.tuples(times_ms, times_ms, times_ms, times_ms, times_ms),
     key=st.tuples(texts, texts),
     spec=specs,
     state=st.sampled_from(SandboxState),
@@ -85,7 +85,6 @@ odd_rows = st.builds(
     runtime=texts,
     reason=texts,
     message=texts,
-    end_ms=times_ms,
     last_seen_ms=times_ms,
     placement=st.sampled_from([(), (PlacementRefusal("node-1", "one", "needs é"),)]),
 )
@@ -108,6 +107,36 @@ def test_bytes_of_any_rows_parse_as_their_protos(made: list[SandboxRow]) -> None
     assert count == len(made)
     parsed = sandbox_pb2.ListSandboxesResponse.FromString(encoded)
     assert list(parsed.sandboxes) == [sandbox_proto(row) for row in made]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        plain_rows
+        | odd_rows
+        | st.builds(
+            sandbox_pb2.ItemResult,
+            code=numbers.map(lambda number: number & 0x7F),
+            reason=texts,
+            message=texts,
+        ),
+        max_size=4,
+    )
+)
+def test_results_of_any_outcomes_parse_as_those_of_both_batches(made: list[Any]) -> None:
+    wanted = [
+        each if isinstance(each, sandbox_pb2.ItemResult)
+        else sandbox_pb2.ItemResult(sandbox=sandbox_proto(each))
+        for each in made
+    ]  # fmt: skip
+    encoded = result_bytes(
+        each if isinstance(each, SandboxRow) else each.SerializeToString() for each in made
+    )
+    for answer in (
+        sandbox_pb2.BatchCreateSandboxesResponse,
+        sandbox_pb2.BatchDeleteSandboxesResponse,
+    ):
+        assert list(answer.FromString(encoded).results) == wanted
 
 
 @given(numbers)

@@ -13,7 +13,7 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_common import limits
 from prism_common.errors import InvalidArgumentError
 from prism_common.status import RemoteError, to_status
-from prism_control.api import nodes, sandboxes, validation
+from prism_control.api import listing, nodes, validation
 
 Spec = sandbox_pb2.SandboxSpec
 
@@ -170,9 +170,13 @@ def test_a_fingerprint_is_of_the_contents_and_not_of_how_they_were_sent() -> Non
 # ── Page tokens ──────────────────────────────────────────────────────────────────────────────────
 
 
-@given(st.integers(1, 2**64 - 1))
-def test_a_sandbox_token_comes_back_as_it_went(revision: int) -> None:
-    assert sandboxes._decode_token(sandboxes._encode_token(revision)) == revision
+@given(st.integers(1, 2**64 - 1), st.integers(1, 2**64 - 1))
+def test_a_sandbox_token_comes_back_as_it_went(after: int, revision: int) -> None:
+    assert listing.decode_token(listing.encode_token(after, revision)) == (after, revision)
+
+
+def test_a_sandbox_token_of_an_earlier_release_tells_no_revision() -> None:
+    assert listing.decode_token("AAAAAAAAAAc") == (7, 0)
 
 
 @given(st.from_regex(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", fullmatch=True))
@@ -180,7 +184,7 @@ def test_a_node_token_comes_back_as_it_went(name: str) -> None:
     assert nodes._decode_token(nodes._encode_token(name)) == name
 
 
-@pytest.mark.parametrize("decode", [sandboxes._decode_token, nodes._decode_token])
+@pytest.mark.parametrize("decode", [listing.decode_token, nodes._decode_token])
 @pytest.mark.parametrize(
     "token", ["!", "AAAA!AAAAAAA", "é", "\0", "/w", "AAAAA", "____", "A" * 1_048_577]
 )
@@ -192,7 +196,7 @@ def test_any_other_token_is_refused_by_its_field(decode: Callable[[str], Any], t
 
 
 def test_no_token_is_the_beginning() -> None:
-    assert sandboxes._decode_token("") == 0
+    assert listing.decode_token("") == (0, 0)
     assert nodes._decode_token("") == ""
 
 

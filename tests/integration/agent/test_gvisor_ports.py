@@ -1,0 +1,68 @@
+"""Ports of a gvisor sandbox without a network: all that holds for those of bubblewrap holds here.
+
+The way there is another: the supervisor inside carries the bytes (`network/relayed.py`).
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prism_common.status import from_rpc_error
+from tests.integration.agent.conftest import why_no_gvisor
+from tests.integration.agent.gateway import Gateway
+from tests.integration.agent.ports import ECHO, PortCall, listen
+from tests.integration.agent.process import AgentProcess
+from tests.integration.agent.test_life import until
+from tests.integration.agent.test_ports import (  # noqa: F401  (they run here with another agent)
+    test_a_client_that_does_not_read_holds_the_sandbox_up_and_not_the_agent,
+    test_a_client_that_goes_away_resets_and_one_that_ends_does_not,
+    test_bytes_and_half_closes_pass_both_ways_on_many_connections,
+    test_what_cannot_be_connected_to_is_said,
+)
+from tests.integration.agent.test_runtimes import cgroup_pids
+
+
+@pytest.fixture
+async def agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
+    """A real agent with the gvisor runtime."""
+    if reason := why_no_gvisor():
+        pytest.skip(f"gvisor: {reason}")
+    process = AgentProcess(
+        tmp_path / "data", gateway.address, "--runtime=gvisor", "--on-exit=delete"
+    )
+    await process.start()
+    yield process
+    await process.end()
+    assert "Traceback" not in process.log.read_text()
+
+
+async def test_what_was_broken_off_does_not_seem_whole_and_nothing_is_left(
+    agent: AgentProcess, sandbox: str
+) -> None:
+    server = await listen(agent, sandbox, ECHO, 8000)
+    shared = agent.data_dir / "sandboxes" / sandbox / "execs" / "memory" / "shared"
+    descriptors = psutil.Process(agent.pid).num_fds()
+    for _ in range(5):
+        call = await PortCall(agent.stub, sandbox, 8000).connect()
+        await call.send(b"whole")
+        await call.send_eof()
+        assert await call.receive_all() == b"whole|5"
+        await call.finish()
+    await until(lambda: psutil.Process(agent.pid).num_fds() <= descriptors)
+    processes = await agent.run(sandbox, ["sh", "-c", "ls -d /proc/[0-9]* | wc -l"])
+    # The supervisor, the server, this shell with two children: no relay that ended.
+    assert int(processes.stdout) <= 5
+    assert [each.name for each in shared.iterdir()] == ["control"]
+    call = await PortCall(agent.stub, sandbox, 8000).connect()
+    await call.send(b"half")
+    for pid in cgroup_pids(agent, sandbox):
+        os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        failure = from_rpc_error(await call.failure())
+    assert failure.code in ("SANDBOX_GONE", "CONNECTION_RESET")
+    server.cancel()
