@@ -53,14 +53,15 @@ def launch(
         each.window = protocol.OVERWRITE if start.detach else each.ring_bytes
         if shared is not None:
             shared.put(each.record.number, spec, start.stdin)
+        if piped:
+            each.input.hold(os.dup(descriptors[3]))
+        # The last thing that can fail: an exec that was sent runs, and must not be forgotten.
         client.send(
             Message(
                 Request.EXEC, each.record.number, start.timeout.ToNanoseconds(), _flags_of(start)
             ),
             descriptors if shared is None else (),
         )
-        if piped:
-            each.input.hold(os.dup(descriptors[3]))
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

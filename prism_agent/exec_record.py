@@ -84,6 +84,7 @@ class Exec:
         self.window = 0
         self.release: asyncio.TimerHandle | None = None
         self.input = ExecInput()
+        self._unreadable = False
 
     @property
     def ring_path(self) -> Path:
@@ -145,10 +146,13 @@ class Exec:
         try:
             self.header = ring.header()
         except ProtocolError as error:
-            # A failing disk: what is not known is not made up.
-            logger.error(
-                "unreadable output", extra={"path": str(self.ring_path), "why": str(error)}
-            )
+            # A failing disk: what is not known is not made up. Told once, for it is read at each
+            # word of a supervisor, which may be anybody's.
+            if not self._unreadable:
+                self._unreadable = True
+                logger.error(
+                    "unreadable output", extra={"path": str(self.ring_path), "why": str(error)}
+                )
         finally:
             ring.close()
         return self.header

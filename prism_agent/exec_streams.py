@@ -33,8 +33,14 @@ async def follow(
     try:
         if ring is not None:
             async for outputs in _follow_ring(execs, each, ring, token, check):
+                is_new = False
                 for response in encode_outputs(outputs, after_sequence):
+                    is_new = True
                     yield response
+                if not is_new:
+                    # Nobody is waited for while what the client has is passed over, and whoever has
+                    # taken over the sandbox's own kernel can make that endless.
+                    await asyncio.sleep(0)
         status = each.exit()
         if status is None and ring is None:
             raise NotFoundError("what came of the exec is no longer kept", field="exec_id")

@@ -64,7 +64,7 @@ class Execs:
         self._shared: SharedFiles | None = None
         self._room = OutputRoom(self.directory)
         self._table = ExecTable(self.directory)
-        #: Numbers that the supervisor has named since we connected.
+        #: Numbers that the supervisor has named since we connected; it has no more at once.
         self._known: set[int] = set()
         self._known_changed = asyncio.Event()
         #: The connection broke. The sandbox may have ended, or not: its process says which.
@@ -268,10 +268,11 @@ class Execs:
     def _on_event(self, message: Message) -> None:
         each = self._table.numbered(message.exec_number)
         if message.kind == Event.UPDATE:
-            self._known.add(message.exec_number)
+            if len(self._known) < protocol.EXECS_MAX:
+                self._known.add(message.exec_number)
             self._known_changed.set()
             if each is not None:
-                self._on_update(each, State(message.b & 0xFF), open_pipes=message.b >> 8)
+                self._on_update(each, protocol.decode_state(message.b), message.b >> 8)
             elif message.b & 0xFF == State.DRAINED:
                 self._send(Message(Request.FORGET, message.exec_number))
             self._notify()

@@ -39,6 +39,9 @@ SYNC_RETRY_S: Final = 1.0
 #: A sandbox whose lease no agent has extended ends by itself so long after the agent would have
 #: ended it. The leader waits for a tenth of the lease and 2 s more before it runs elsewhere.
 LEASE_GRACE_S: Final = 1.0
+#: Requests that wait for a supervisor to read them. So many wait only for one that is frozen, or
+#: that whoever has taken over its sandbox's own kernel has ask for answers and read none.
+SUPERVISOR_UNSENT_MAX: Final = 4096
 #: Between two attempts to reach a supervisor whose connection broke.
 RECONNECT_S: Final = 0.05
 #: File calls under way in one sandbox; each has a thread of its own.

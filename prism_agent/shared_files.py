@@ -6,13 +6,18 @@ there may be anything: only what was just made here is opened, and no link is fo
 
 import contextlib
 import errno
+import itertools
 import os
 from pathlib import Path
 from typing import Final
 
+from prism_agent.data_directory import write_all
 from prism_agent.runtime.base import Shared
 
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Entries that a sweep looks at. An agent that died has left a few; whoever has taken over the
+#: sandbox's own kernel may have made a million, and would hold the loop up with each connection.
+_SWEPT_MAX: Final = 4096
 
 
 class SharedFiles:
@@ -34,12 +39,16 @@ class SharedFiles:
             OSError: Something is there already, or there is no room left.
         """
         uid = self._shared.uid
-        descriptor = os.open(self._shared.directory / f"{number}.spec", _NEW, 0o600)
+        path = self._shared.directory / f"{number}.spec"
+        descriptor = os.open(path, _NEW, 0o600)
         try:
             os.fchown(descriptor, uid, uid)
-            view = memoryview(spec)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            write_all(descriptor, spec)
+        except OSError:
+            # What there was room for would stay, and leave none for the next.
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
         finally:
             os.close(descriptor)
         if with_input:
@@ -72,7 +81,8 @@ class SharedFiles:
 
         It takes away the names of what it has heard of, and answers one agent at a time.
         """
-        for entry in os.scandir(self._shared.directory):
-            if entry.name.partition(".")[0].isdecimal():
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
+        with os.scandir(self._shared.directory) as entries:
+            for entry in itertools.islice(entries, _SWEPT_MAX):
+                if entry.name.partition(".")[0].isdecimal():
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)

@@ -116,14 +116,20 @@ def remove_device(name: str) -> None:
     try:
         tools.ip(f"link delete dev {name}\n")
     except tools.ToolError:
-        if any(each["ifname"] == name for each in tools.links()):
+        if _exists(name):
             raise
 
 
 def addresses_of(name: str) -> list[IPv4Address]:
-    """Return the addresses that lie behind a device of the host."""
+    """Return the addresses that lie behind a device of the host; none behind one that is gone."""
+    try:
+        routes = tools.routes(name)
+    except tools.ToolError:
+        if _exists(name):
+            raise
+        return []
     found = []
-    for each in tools.routes(name):
+    for each in routes:
         with contextlib.suppress(ValueError):  # a network, that somebody else has put there
             found.append(IPv4Address(each["dst"]))
     return found
@@ -136,6 +142,10 @@ def owned(node_id: str) -> Iterator[tuple[str, str]]:
         alias = str(each.get("ifalias", ""))
         if alias.startswith(prefix):
             yield str(each["ifname"]), alias.removeprefix(prefix)
+
+
+def _exists(name: str) -> bool:
+    return any(each["ifname"] == name for each in tools.links())
 
 
 def forwards() -> bool:

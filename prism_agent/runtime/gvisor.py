@@ -169,7 +169,9 @@ class GvisorRuntime(Contained):
         host.mount_tmpfs(directory / "small", small, record.uid)
         (directory / "small").chmod(0o1777)
         output = self._output(record)
-        output.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Each with its mode: `parents` would make the first one by the umask.
+        output.parent.mkdir(mode=0o700, exist_ok=True)
+        output.mkdir(mode=0o700, exist_ok=True)
         host.hold_tmpfs(output, memory_bytes(asked), 0)
         output.chmod(0o700)
         for path in (directory / "bundle", directory / "runsc", output / _SHARED):

@@ -44,8 +44,10 @@ class SupervisorClient:
         self._stdin: dict[int, asyncio.Future[int]] = {}
         #: The other end's; 0 before it has answered.
         self.version = 0
-        #: Packets that the socket had no room for, oldest first.
+        #: Packets that the socket had no room for, oldest first; SUPERVISOR_UNSENT_MAX at most.
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        #: It is told once: what is at the other end may say nothing else.
+        self._said_nonsense = False
 
     async def connect(self, path: Path) -> Message:
         """Connect, and return once the supervisor has answered with all that it has.
@@ -125,13 +127,16 @@ class SupervisorClient:
         """Send a request, at once or as soon as the socket has room.
 
         Raises:
-            SandboxGoneError: There is no supervisor any more.
+            SandboxGoneError: There is no supervisor any more, or it has long read nothing: then the
+                connection is given up, and nothing of what waited was sent.
         """
         if self._socket is None:
             raise SandboxGoneError("the sandbox ended")
         packet = message.encode()
         if not self._unsent and self._try_send(packet, descriptors):
             return
+        if self._socket is not None and len(self._unsent) >= limits.SUPERVISOR_UNSENT_MAX:
+            self._lose()
         if self._socket is None:
             raise SandboxGoneError("the sandbox ended")
         self._unsent.append((packet, [os.dup(each) for each in descriptors]))
@@ -182,7 +187,13 @@ class SupervisorClient:
             try:
                 self._dispatch(protocol.decode_message(packet), descriptors)
             except ProtocolError as error:
-                logger.warning("a supervisor said nonsense", extra={"error": str(error)})
+                if not self._said_nonsense:
+                    self._said_nonsense = True
+                    logger.warning("a supervisor said nonsense", extra={"error": str(error)})
+            finally:
+                # What nobody has taken, whatever it came with.
+                for descriptor in descriptors:
+                    os.close(descriptor)
 
     def _dispatch(self, message: Message, descriptors: list[int]) -> None:
         if message.kind == Event.STDIN:
@@ -195,8 +206,6 @@ class SupervisorClient:
             self._hello.set_result(message)
         elif message.kind in (Event.UPDATE, Event.ERROR):
             self._on_event(message)
-        for descriptor in descriptors:
-            os.close(descriptor)
 
     async def open_stdin(self, exec_number: int) -> int:
         """Return a descriptor of an exec's standard input; -1: it was closed.
@@ -205,7 +214,7 @@ class SupervisorClient:
             SandboxGoneError: There is no supervisor any more.
         """
         waiter = self._stdin.get(exec_number)
-        if waiter is None:
+        if waiter is None or waiter.done():  # who asked before has gone, unanswered
             waiter = self._stdin[exec_number] = asyncio.get_running_loop().create_future()
             self.send(Message(Request.STDIN, exec_number))
         async with asyncio.timeout(limits.SUPERVISOR_TIMEOUT_S):

@@ -22,6 +22,8 @@ EXECS_MAX: Final = 640
 SPEC_BYTES_MAX: Final = 512 * 1024
 #: Of one frame of a connection that it carries.
 RELAY_BYTES_MAX: Final = 64 * 1024
+#: Read at a time: a program that writes byte by byte must not hold the loop up for long.
+RECORDS_MAX: Final = 4096
 RING_HEADER_BYTES: Final = 4096
 RING_BYTES_MIN: Final = 128 * 1024
 
@@ -123,6 +125,18 @@ def decode_message(packet: bytes) -> Message:
     return Message(kind, exec_number, a, b)
 
 
+def decode_state(number: int) -> State:
+    """Read the state of an exec from the low byte of what an UPDATE says.
+
+    Raises:
+        ProtocolError: There is no such state.
+    """
+    try:
+        return State(number & 0xFF)
+    except ValueError as problem:
+        raise ProtocolError(str(problem)) from None
+
+
 def encode_spec(directory: str, argv: list[str], env: dict[str, str]) -> bytes:
     """Return the file that says what to run."""
     strings = [directory, *argv, *(f"{key}={value}" for key, value in env.items())]
@@ -182,10 +196,13 @@ class Output:
 
 
 def decode_records(content: bytes, offset: int) -> list[Output]:
-    """Read the whole records at the beginning of `content`, which lies at logical `offset`."""
+    """Read whole records at the beginning of `content`, which lies at logical `offset`.
+
+    At most `RECORDS_MAX` of them: more are read with the next call, from the offset of the last.
+    """
     outputs: list[Output] = []
     at = 0
-    while at + RECORD_BYTES <= len(content):
+    while len(outputs) < RECORDS_MAX and at + RECORD_BYTES <= len(content):
         length, stream, sequence, time_ns = _RECORD.unpack_from(content, at)
         end = at + RECORD_BYTES + length
         if end > len(content):

@@ -91,7 +91,3 @@ class Ring:
         if first < length:
             content += os.pread(self._descriptor, length - first, protocol.RING_HEADER_BYTES)
         return content
-
-    def disk_bytes(self) -> int:
-        """Return what the file takes on disk."""
-        return os.fstat(self._descriptor).st_blocks * 512

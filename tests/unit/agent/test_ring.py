@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from prism_agent.supervisor.protocol import MAGIC, ProtocolError, RingHeader, State
+from prism_agent.exec_record import Exec, ExecRecord
+from prism_agent.supervisor.protocol import (
+    MAGIC,
+    RECORDS_MAX,
+    ProtocolError,
+    RingHeader,
+    State,
+    decode_records,
+)
 from prism_agent.supervisor.ring import Ring
 
 _HEADER = struct.Struct("=QIIQQQQQQQiiiiiiQ")
@@ -41,3 +49,28 @@ def test_a_ring_that_runs_away_holds_its_reader_up_no_longer_than_it_must(tmp_pa
     with pytest.raises(ProtocolError, match="faster"):
         ring.read(0)
     ring.close()
+
+
+def test_output_of_byte_after_byte_is_read_some_thousand_records_at_a_time() -> None:
+    record, count = struct.Struct("=IIQQ"), RECORDS_MAX + 100
+    content = b"".join(record.pack(1, 1, number + 1, 0) + b"x" for number in range(count))
+    first = decode_records(content, 0)
+    assert len(first) == RECORDS_MAX
+    end = first[-1].offset
+    rest = decode_records(content[end:], end)
+    assert [each.sequence for each in first + rest] == list(range(1, count + 1))
+    assert rest[-1].offset == len(content)
+
+
+def test_an_unreadable_ring_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = ExecRecord(
+        exec_id="ex-1", number=1, request_id="rq-1", digest="", argv=["true"],
+        start_time_s=0.0, oom_kills=0, stdin=False,
+    )  # fmt: skip
+    each = Exec(tmp_path, record)
+    each.ring_path.write_bytes(b"short")
+    for _ in range(3):
+        assert each.refresh() is None
+    assert [told.message for told in caplog.records] == ["unreadable output"]

@@ -540,7 +540,9 @@ class HealthCheck(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"runtime", "cgroup", "disk", "journal", "memory_pressure", "clock" or "control_session"."""
+    """"runtime", "cgroup", "disk", "journal", "network", "memory_pressure", "clock" or
+    "control_session".
+    """
     status: Global___HealthStatus.ValueType
     """What it found."""
     message: _builtins.str
