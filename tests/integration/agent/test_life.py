@@ -101,10 +101,15 @@ async def test_what_ignores_sigterm_is_killed(
     await call.until(b"up\n")
     gateway.want(sandbox, agent_pb2.DESIRED_STATE_STOPPED, grace_s=0.3)
     await gateway.wait_for(sandbox, STOPPED)
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await call.result()
-    # Nobody saw how it ended, so nobody says how.
-    assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+    try:
+        result = await call.result()
+    except grpc.aio.AioRpcError as failure:
+        # Nobody saw how it ended, so nobody says how.
+        assert failure.code() == grpc.StatusCode.UNAVAILABLE
+    else:
+        # Its supervisor lived long enough to see it.
+        assert result.exit is not None
+        assert result.exit.signal == signal.SIGKILL
 
 
 async def test_forced_delete_hurries_a_slow_stop(
