@@ -16,7 +16,7 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_agent.runtime import host
 from prism_common.limits import MIB
 from tests.integration.agent.gateway import Gateway
-from tests.integration.agent.process import AgentProcess
+from tests.integration.agent.process import AgentProcess, Result
 
 READY = agent_pb2.OBSERVED_STATE_READY
 STOPPED = agent_pb2.OBSERVED_STATE_STOPPED
@@ -101,15 +101,15 @@ async def test_what_ignores_sigterm_is_killed(
     await call.until(b"up\n")
     gateway.want(sandbox, agent_pb2.DESIRED_STATE_STOPPED, grace_s=0.3)
     await gateway.wait_for(sandbox, STOPPED)
-    try:
-        result = await call.result()
-    except grpc.aio.AioRpcError as failure:
+    [outcome] = await asyncio.gather(call.result(), return_exceptions=True)
+    if isinstance(outcome, grpc.aio.AioRpcError):
         # Nobody saw how it ended, so nobody says how.
-        assert failure.code() == grpc.StatusCode.UNAVAILABLE
+        assert outcome.code() == grpc.StatusCode.UNAVAILABLE
     else:
         # Its supervisor lived long enough to see it.
-        assert result.exit is not None
-        assert result.exit.signal == signal.SIGKILL
+        assert isinstance(outcome, Result)
+        assert outcome.exit is not None
+        assert outcome.exit.signal == signal.SIGKILL
 
 
 async def test_forced_delete_hurries_a_slow_stop(
