@@ -51,6 +51,24 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     device: str = ""
     address: str = ""
 
+    @classmethod
+    def unassigned(cls, sandbox_id: str, name: str, runtime: str) -> "Record":
+        """Return one of a sandbox that no leader knows of; after a death it is only removed."""
+        return cls(
+            sandbox_id=sandbox_id,
+            name=name,
+            generation=0,
+            start_count=0,
+            phase=Phase.DELETING,
+            desired=Desired.DELETED,
+            wanted_start_count=0,
+            spec=b"",
+            expire_time_s=0.0,
+            grace_s=0.0,
+            reschedules=False,
+            runtime=runtime,
+        )
+
     def to_sandbox(self) -> Sandbox:
         """Return it as the reconciler sees it."""
         wanted = Assignment(

@@ -3,7 +3,6 @@
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.journal import Journal, Record
-from prism_agent.model import Desired, Phase
 from prism_agent.runtime.base import Running, Runtime, StartError
 from prism_agent.supervisor.client import SupervisorClient
 from prism_common.errors import SandboxGoneError
@@ -16,20 +15,7 @@ async def try_one(runtime: Runtime, journal: Journal) -> None:
     Raises:
         StartError, OSError: It does not work here.
     """
-    record = Record(
-        sandbox_id=generate_id("probe"),
-        name="probe",
-        generation=0,
-        start_count=0,
-        phase=Phase.DELETING,
-        desired=Desired.DELETED,
-        wanted_start_count=0,
-        spec=b"",
-        expire_time_s=0.0,
-        grace_s=0.0,
-        reschedules=False,
-        runtime=runtime.name,
-    )
+    record = Record.unassigned(generate_id("probe"), "probe", runtime.name)
     running: Running | None = None
     client = SupervisorClient(lambda _: None, lambda: None)
     try:

@@ -20,7 +20,6 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_agent.cgroups import Cgroups
 from prism_agent.journal import Journal, Record, boot_id
 from prism_agent.metrics import AgentMetrics
-from prism_agent.reconcile import Desired, Phase
 from prism_agent.runtime import host, reshape, warm_policy
 from prism_agent.runtime.base import Probe, Process, Running, Runtime, StartError, Usage
 from prism_agent.runtime.bubblewrap import SOCKET, BubblewrapRuntime
@@ -157,7 +156,8 @@ class WarmRuntime:
 
     async def _prepare(self) -> _Member:
         """Make one, and return once its supervisor answers."""
-        record = _record(generate_id("warm"))
+        name = generate_id("warm")
+        record = Record.unassigned(name, name, "bubblewrap")
         running: Running | None = None
         client = SupervisorClient(lambda _: None, lambda: None)
         try:
@@ -334,24 +334,6 @@ class WarmRuntime:
         while self._ready:
             await self._discard(self._ready.popleft())
         await self._inner.close()
-
-
-def _record(name: str) -> Record:
-    """Return a record that only this process has."""
-    return Record(
-        sandbox_id=name,
-        name=name,
-        generation=0,
-        start_count=0,
-        phase=Phase.DELETING,
-        desired=Desired.DELETED,
-        wanted_start_count=0,
-        spec=b"",
-        expire_time_s=0.0,
-        grace_s=0.0,
-        reschedules=False,
-        runtime="bubblewrap",
-    )
 
 
 def _take(record: Record, prepared: Record) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.agent.conftest import gateway, needs_sandboxes, sandbox
+from tests.integration.agent.conftest import gateway, gvisor_agent, needs_sandboxes, sandbox
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.plain import home, plain_agent, processes, why_no_plain_user
 from tests.integration.agent.process import AgentProcess
 
-__all__ = ["agent", "gateway", "needs_sandboxes", "sandbox"]
+__all__ = ["agent", "gateway", "gvisor_agent", "needs_sandboxes", "sandbox"]
 
 
 @asynccontextmanager

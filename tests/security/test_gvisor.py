@@ -7,7 +7,7 @@ the kernel that is attacked is the sandbox's own.
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +19,6 @@ from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_common.limits import MIB
-from tests.integration.agent.conftest import why_no_gvisor
 from tests.integration.agent.files import write
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
@@ -79,17 +78,8 @@ print('tried')
 
 
 @pytest.fixture
-async def agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
-    """A real agent with the gvisor runtime."""
-    if reason := why_no_gvisor():
-        pytest.skip(f"gvisor: {reason}")
-    process = AgentProcess(
-        tmp_path / "data", gateway.address, "--runtime=gvisor", "--on-exit=delete"
-    )
-    await process.start()
-    yield process
-    await process.end()
-    assert "Traceback" not in process.log.read_text()
+def agent(gvisor_agent: AgentProcess) -> AgentProcess:
+    return gvisor_agent
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import asyncio
 import os
 import stat
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +18,6 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.runtime import host
 from prism_common.limits import MIB
-from tests.integration.agent.conftest import why_no_gvisor
 from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.process import AgentProcess
 from tests.integration.agent.test_life import until
@@ -56,17 +55,8 @@ while left:
 
 
 @pytest.fixture
-async def agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
-    """A real agent with the gvisor runtime."""
-    if reason := why_no_gvisor():
-        pytest.skip(f"gvisor: {reason}")
-    process = AgentProcess(
-        tmp_path / "data", gateway.address, "--runtime=gvisor", "--on-exit=delete"
-    )
-    await process.start()
-    yield process
-    await process.end()
-    assert "Traceback" not in process.log.read_text()
+def agent(gvisor_agent: AgentProcess) -> AgentProcess:
+    return gvisor_agent
 
 
 @pytest.fixture

@@ -70,6 +70,20 @@ async def agent(
 
 
 @pytest.fixture
+async def gvisor_agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
+    """The same with the gvisor runtime; the test is skipped where there is none."""
+    if reason := why_no_gvisor():
+        pytest.skip(f"gvisor: {reason}")
+    process = AgentProcess(
+        tmp_path / "data", gateway.address, "--runtime=gvisor", "--on-exit=delete"
+    )
+    await process.start()
+    yield process
+    await process.end()
+    assert "Traceback" not in process.log.read_text()
+
+
+@pytest.fixture
 async def fake_agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
     process = AgentProcess(tmp_path / "data", gateway.address, "--runtime=fake")
     await process.start()

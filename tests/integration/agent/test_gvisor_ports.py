@@ -6,15 +6,11 @@ The way there is another: the supervisor inside carries the bytes (`network/rela
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import psutil
 import pytest
 
 from prism_common.status import from_rpc_error
-from tests.integration.agent.conftest import why_no_gvisor
-from tests.integration.agent.gateway import Gateway
 from tests.integration.agent.ports import ECHO, PortCall, listen
 from tests.integration.agent.process import AgentProcess
 from tests.integration.agent.test_life import until
@@ -28,17 +24,8 @@ from tests.integration.agent.test_runtimes import cgroup_pids
 
 
 @pytest.fixture
-async def agent(gateway: Gateway, tmp_path: Path) -> AsyncIterator[AgentProcess]:
-    """A real agent with the gvisor runtime."""
-    if reason := why_no_gvisor():
-        pytest.skip(f"gvisor: {reason}")
-    process = AgentProcess(
-        tmp_path / "data", gateway.address, "--runtime=gvisor", "--on-exit=delete"
-    )
-    await process.start()
-    yield process
-    await process.end()
-    assert "Traceback" not in process.log.read_text()
+def agent(gvisor_agent: AgentProcess) -> AgentProcess:
+    return gvisor_agent
 
 
 async def test_what_was_broken_off_does_not_seem_whole_and_nothing_is_left(
