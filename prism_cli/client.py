@@ -4,6 +4,7 @@ Imported inside commands only: grpc takes longer to load than the rest of the pr
 """
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -197,9 +198,13 @@ class Client:
         self._index = (self._index + 1) % len(self.addresses)
 
     def disconnect(self) -> None:
-        """Close the connection; calls under way are cancelled."""
+        """Close the connection; calls under way are cancelled.
+
+        A close that meets an event of the same channel can block for good (grpc/grpc#20026), so
+        nothing waits for it.
+        """
         if self._channel is not None:
-            self._channel.close()
+            threading.Thread(target=self._channel.close, daemon=True, name="close").start()
         self._channel = self._stubs = None
 
     def failure(self, error: grpc.RpcError) -> RemoteError:

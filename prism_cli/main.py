@@ -1,8 +1,10 @@
 """Registers the commands. What they need is loaded when they run."""
 
+import contextlib
 import inspect
-import signal
-from typing import Annotated, Any
+import os
+import sys
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -22,6 +24,7 @@ from prism_cli import (
     sandbox_verbs,
 )
 from prism_cli.bench import command as bench
+from prism_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from prism_cli.options import keyword_options, merge, new_app
 from prism_common import __version__
 
@@ -84,5 +87,20 @@ def main() -> None:
     completion.prepare()
     try:
         app(prog_name="prismctl")
+    except SystemExit as ended:
+        _leave(ended.code)
     except KeyboardInterrupt:  # before a command has begun
-        raise SystemExit(128 + signal.SIGINT) from None
+        _leave(EXIT_INTERRUPTED)
+
+
+def _leave(code: object) -> NoReturn:
+    """End this process as `SystemExit(code)` does, without taking the interpreter down.
+
+    gRPC's threads may still run, and taking it down below them can block for good
+    (grpc/grpc#40620). What has to be undone was undone when the command ended.
+    """
+    status = 0 if code is None else code if isinstance(code, int) else EXIT_FAILED
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it
+            stream.flush()
+    os._exit(status)
