@@ -5,6 +5,7 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS ?= 300
+WORKERS ?= 2
 SECONDS ?= 60
 ROUNDS ?= 5
 KILLS ?= 100
@@ -34,7 +35,7 @@ install-dev:
 
 test: install-dev ## Run lint and all tests, as CI does.
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install-dev ## Check style, types, layers, protos, and that generated code is current.
 	$(BIN)/ruff check .
