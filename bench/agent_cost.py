@@ -29,7 +29,8 @@ from prism.sandbox.v1 import sandbox_pb2
 from prometheus_client import CollectorRegistry
 
 from prism_common.addresses import Address
-from prism_common.server import CallMetrics, RpcServer
+from prism_common.calls import CallMetrics
+from prism_common.server import RpcServer
 from tests.integration import harness
 
 START_S = 30.0

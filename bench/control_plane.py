@@ -9,12 +9,12 @@ list, once.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import sys
 
 from bench.local import LocalTarget, running
 from bench.part import Results, leave_on_signals, parser
+from prism_cli.bench import load
 from prism_cli.bench.figures import Outcome
 from prism_cli.bench.runner import run_workloads
 from prism_cli.bench.workloads import CONTROL, Size, Workload
@@ -56,7 +56,7 @@ def main() -> int:
     outcomes = [Outcome(each.name, each.summary, each.bars) for each in chosen]
     results = Results(arguments, outcomes)
     with running(arguments.agents) as (cluster, _):
-        asyncio.run(measure(cluster, chosen, arguments.rounds, size, results))
+        load.run(measure(cluster, chosen, arguments.rounds, size, results))
     return results.finish()
 
 

@@ -8,12 +8,12 @@ heartbeats happens. The agents share one process, which has more to do then than
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 
 from bench.local import LocalTarget, SimulatedAgents, processor_s, running
 from bench.part import Results, leave_on_signals, parser, run_rounds
+from prism_cli.bench import load
 from prism_cli.bench.figures import Bar, Outcome, Round
 from prism_cli.bench.workloads import Size, batch
 from tests.integration import harness
@@ -80,7 +80,7 @@ def main() -> int:
         return run_rounds(
             results, arguments.rounds,
             [(quiet, lambda: idle(cluster, simulated, seconds)),
-             (busy, lambda: asyncio.run(burst(cluster, count)))],
+             (busy, lambda: load.run(burst(cluster, count)))],
         )  # fmt: skip
 
 

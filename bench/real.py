@@ -61,6 +61,11 @@ class Agent:
                 env=harness.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     def check(self) -> bool:
         """Say why if it has ended."""
         if self._process.poll() is not None:

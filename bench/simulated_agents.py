@@ -17,6 +17,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import uvloop
 from prism.node.v1 import node_pb2
 from prometheus_client import CollectorRegistry
 
@@ -126,14 +127,15 @@ def main() -> None:
     if not 1 <= arguments.agents <= AGENTS_MAX:
         parser.error(f"--agents: {arguments.agents} is not 1 to {AGENTS_MAX}")
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()
     control = [part.strip() for part in arguments.control.split(",") if part.strip()]
     if arguments.data_dir:
-        asyncio.run(run(arguments.agents, control, arguments.data_dir, arguments.prefix))
+        uvloop.run(run(arguments.agents, control, arguments.data_dir, arguments.prefix))
         return
     # On tmpfs where there is one: a real node has a disk of its own, these would share one.
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as name:
-        asyncio.run(run(arguments.agents, control, Path(name), arguments.prefix))
+        uvloop.run(run(arguments.agents, control, Path(name), arguments.prefix))
 
 
 if __name__ == "__main__":

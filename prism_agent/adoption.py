@@ -6,8 +6,9 @@ import logging
 import time
 
 from prism_agent.edge import Edge, warn
-from prism_agent.journal import Record, boot_id
+from prism_agent.journal import boot_id
 from prism_agent.reconcile import UP, Phase
+from prism_agent.record import Record
 from prism_agent.runtime.base import process_start_ticks
 from prism_common.errors import SandboxGoneError
 
@@ -56,7 +57,8 @@ class Adoption:
         self._check_boot(record)
         hosted = self._edge.host(record)
         runtime = self._edge.runtimes.get(record.runtime)
-        if runtime is not None and record.phase in UP | {Phase.STOPPING, Phase.DELETING}:
+        ran = record.phase in UP | {Phase.STOPPING, Phase.DELETING}
+        if runtime is not None and ran and not self._may_run_elsewhere(record):
             hosted.running = await runtime.adopt(record)
         # What is frozen cannot answer: it is spoken to when it is thawed.
         if hosted.running is not None and not await self._frozen(record):
@@ -75,6 +77,8 @@ class Adoption:
             record.pid = 0
         if hosted.running is None:
             hosted.execs.lose()
+            if record.phase in UP | {Phase.FAILED}:
+                await hosted.execs.leave_memory()
         logger.info(
             "adopted",
             extra={
@@ -84,11 +88,21 @@ class Adoption:
             },
         )
 
+    def _may_run_elsewhere(self, record: Record) -> bool:
+        """Return whether one that was being frozen had to be thawed after its lease."""
+        fenced = self._edge.reconciler.fenced and record.reschedules
+        return fenced and record.phase is Phase.PAUSING
+
     async def _frozen(self, record: Record) -> bool:
-        """Return whether an adopted sandbox is to stay frozen; thaw one that is to end."""
-        if record.phase in (Phase.PAUSING, Phase.PAUSED, Phase.RESUMING):
+        """Return whether an adopted sandbox is to stay frozen; thaw one that is to be spoken to.
+
+        That is one that is to end, and one that was being frozen: its supervisor may not have been
+        told yet that its lease does not count while it is frozen, and would end all when it is
+        thawed one day. It is frozen again as soon as it is told.
+        """
+        if record.phase in (Phase.PAUSED, Phase.RESUMING):
             return True
-        if record.phase in (Phase.STOPPING, Phase.DELETING):
+        if record.phase in (Phase.PAUSING, Phase.STOPPING, Phase.DELETING):
             with contextlib.suppress(OSError):
                 await self._edge.runtimes[record.runtime].resume(record)
         return False

@@ -124,12 +124,20 @@ def _nanoseconds(path: Path, field: str = "", scale: int = 1) -> int | None:
     return (_read_field(path, field) if field else _read_number(path)) * scale
 
 
-def _read_field(path: Path, field: str) -> int:
+def _read_field(path: Path | str, field: str) -> int:
+    """Return a number; 0: there is none. It is asked at each exec, and takes half of a text file's.
+
+    A file of a cgroup is read whole by one call.
+    """
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(descriptor, 4096).decode("ascii")
+        finally:
+            os.close(descriptor)
     except OSError:
         return 0
-    for line in lines:
+    for line in text.splitlines():
         name, _, value = line.partition(" ")
         if name == field and value.isdigit():
             return int(value)
@@ -334,8 +342,7 @@ class CgroupsV1(_Directories):
 
     def oom_kills(self, name: str) -> int:
         """Return how many processes in it the kernel has killed for memory."""
-        memory = self._controllers["memory"] / name
-        return _read_field(memory / "memory.oom_control", "oom_kill")
+        return _read_field(f"{self._controllers['memory']}/{name}/memory.oom_control", "oom_kill")
 
     def _cpu_ns(self, name: str) -> int | None:
         root = self._controllers.get(ACCOUNTING)
@@ -398,7 +405,7 @@ class CgroupsV2(_Directories):
 
     def oom_kills(self, name: str) -> int:
         """Return how many processes in it the kernel has killed for memory."""
-        return _read_field(self._root / name / "memory.events", "oom_kill")
+        return _read_field(f"{self._root}/{name}/memory.events", "oom_kill")
 
     def total(self) -> CgroupUsage:
         """Measure all; version 2 counts it for the agent's own cgroup, with what is gone."""

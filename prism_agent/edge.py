@@ -16,9 +16,10 @@ from prism_agent import limits
 from prism_agent.deadlines import Deadlines
 from prism_agent.execs import Execs
 from prism_agent.hosted import Hosted, report_of
-from prism_agent.journal import Journal, Record, record_of
+from prism_agent.journal import Journal
 from prism_agent.metrics import AgentMetrics
 from prism_agent.reconcile import UP, Action, Phase, Reconciler, Sandbox
+from prism_agent.record import Record, record_of
 from prism_agent.reports import ReportQueue
 from prism_agent.runtime.base import Runtime
 from prism_agent.works import Works

@@ -63,6 +63,10 @@ class Endings:
         if delete:
             self._finish_delete(hosted)
         else:
+            sandbox = edge.reconciler.sandboxes.get(hosted.record.sandbox_id)
+            if sandbox is not None and sandbox.reason:
+                # It counts as failed.
+                await hosted.execs.leave_memory()
             edge.perform(edge.reconciler.stopped(hosted.record.sandbox_id))
 
     def _finish_delete(self, hosted: Hosted) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from prism.sandbox.v1 import sandbox_pb2
@@ -24,6 +25,7 @@ def launch(
     sandbox_env: Mapping[str, str],
     client: SupervisorClient,
     shared: SharedFiles | None,
+    spare: Path | None = None,
 ) -> None:
     """Write the exec's record, then have the supervisor run it.
 
@@ -33,6 +35,7 @@ def launch(
         sandbox_env: Variables that every exec of the sandbox has.
         client: Speaks to the supervisor.
         shared: What the exec comes in where no descriptor can be passed.
+        spare: A ring that is to become its own; None: it is given a new one.
 
     Raises:
         SandboxGoneError: There is no supervisor any more.
@@ -43,7 +46,7 @@ def launch(
     try:
         descriptors.append(os.memfd_create("exec", os.MFD_CLOEXEC))
         os.write(descriptors[0], spec)
-        descriptors.append(Ring.create(each.ring_path, each.ring_bytes).fileno())
+        descriptors.append(_ring_of(each, spare).fileno())
         piped = start.stdin and not each.record.terminal and shared is None
         if piped:
             read_end, write_end = os.pipe2(os.O_CLOEXEC)
@@ -65,6 +68,12 @@ def launch(
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
+
+
+def _ring_of(each: Exec, spare: Path | None) -> Ring:
+    if spare is None:
+        return Ring.create(each.ring_path, each.ring_bytes)
+    return Ring.reuse(spare, each.ring_path, each.ring_bytes)
 
 
 def _spec_of(each: Exec, start: sandbox_pb2.ExecStart, sandbox_env: Mapping[str, str]) -> bytes:

@@ -62,10 +62,12 @@ def digest_of(start: sandbox_pb2.ExecStart) -> str:
 class Exec:
     """One exec as the agent sees it."""
 
-    def __init__(self, directory: Path, record: ExecRecord) -> None:
+    def __init__(self, room: OutputRoom, record: ExecRecord) -> None:
         self.record = record
-        self._directory = directory
-        self._room = OutputRoom(directory)
+        #: Its output.
+        self.ring_path = room.ring(record.number)
+        #: Its record.
+        self.record_path = room.records / f"{record.number}.json"
         #: How much output is kept of it while it runs; 0: its file says it.
         self._ring_bytes = 0
         #: The last that was read of its ring; refreshed when the supervisor says so.
@@ -80,16 +82,13 @@ class Exec:
         self.refused = 0
         #: Clients that must miss nothing, and the offset up to which each has read.
         self.readers: dict[object, int] = {}
+        #: Clients that read its logs just now: they may miss something, but not read another's.
+        self.log_readers = 0
         #: The window that the supervisor was told last.
         self.window = 0
         self.release: asyncio.TimerHandle | None = None
         self.input = ExecInput()
         self._unreadable = False
-
-    @property
-    def ring_path(self) -> Path:
-        """Its output."""
-        return self._room.directory / f"{self.record.number}.ring"
 
     @property
     def ring_bytes(self) -> int:
@@ -104,11 +103,6 @@ class Exec:
     @ring_bytes.setter
     def ring_bytes(self, size: int) -> None:
         self._ring_bytes = size
-
-    @property
-    def record_path(self) -> Path:
-        """Its record."""
-        return self._directory / f"{self.record.number}.json"
 
     @property
     def running(self) -> bool:
@@ -144,7 +138,10 @@ class Exec:
         except FileNotFoundError:
             return self.header
         try:
-            self.header = ring.header()
+            header = ring.header()
+            # What has ended does not run again, whatever its supervisor says now.
+            if self.header is None or header.state >= self.header.state:
+                self.header = header
         except ProtocolError as error:
             # A failing disk: what is not known is not made up. Told once, for it is read at each
             # word of a supervisor, which may be anybody's.
@@ -179,6 +176,19 @@ class Exec:
             reason = "OUT_OF_MEMORY"
         return sandbox_pb2.ExecExit(exit_code=header.exit_code, signal=header.signal, reason=reason)
 
+    def result(self) -> str:
+        """Return how it ended, as a metric calls it."""
+        header = self.header
+        if header is None:
+            return "lost"
+        if self.record.out_of_memory:
+            return "out_of_memory"
+        if header.reason is Reason.TIMEOUT:
+            return "timeout"
+        if header.reason is not Reason.NONE:
+            return "not_started"
+        return "signaled" if header.signal else "exited"
+
     def info(self) -> sandbox_pb2.ExecInfo:
         """Return it as the API shows it."""
         if self.running:
@@ -196,15 +206,15 @@ class Exec:
         return info
 
 
-def load_execs(directory: Path) -> list[Exec]:
-    """Return the execs whose records are in a directory, in order of their start."""
+def load_execs(room: OutputRoom) -> list[Exec]:
+    """Return the execs that have records, in order of their start."""
     execs: list[Exec] = []
-    if not directory.is_dir():
+    if not room.records.is_dir():
         return execs
-    for path in directory.glob("*.json"):
+    for path in room.records.glob("*.json"):
         record = _read_record(path)
         if record is not None and record.version == VERSION:
-            execs.append(Exec(directory, record))
+            execs.append(Exec(room, record))
     return sorted(execs, key=lambda each: each.record.number)
 
 
@@ -220,7 +230,7 @@ def _read_record(path: Path) -> ExecRecord | None:
     return None
 
 
-def sweep_rings(directory: Path) -> int:
+def sweep_rings(room: OutputRoom) -> int:
     """Remove the rings of execs that never started, and return the highest number in use.
 
     A ring is made before its record, and the record before the supervisor hears of the exec: a
@@ -228,10 +238,10 @@ def sweep_rings(directory: Path) -> int:
     a record that cannot be read stays in use, as its exec may run.
     """
     highest = 0
-    if not directory.is_dir():
+    if not room.records.is_dir():
         return highest
-    for ring in OutputRoom(directory).directory.glob("*.ring"):
-        if not (directory / f"{ring.stem}.json").exists():
+    for ring in room.directory.glob("*.ring"):
+        if not (room.records / f"{ring.stem}.json").exists():
             ring.unlink()
         elif ring.stem.isdecimal():
             highest = max(highest, int(ring.stem))

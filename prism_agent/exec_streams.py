@@ -119,6 +119,7 @@ async def _new_logs(
         ring = Ring.open(each.ring_path)
     except FileNotFoundError:
         return
+    each.log_readers += 1
     try:
         while True:
             outputs, offsets[exec_id] = ring.read(offsets.get(exec_id, 0))
@@ -129,6 +130,7 @@ async def _new_logs(
                     yield _log_of(exec_id, output)
             await asyncio.sleep(0)
     finally:
+        each.log_readers -= 1
         ring.close()
 
 
@@ -136,7 +138,7 @@ def _log_of(exec_id: str, output: Output) -> sandbox_pb2.StreamLogsResponse:
     response = sandbox_pb2.StreamLogsResponse(
         exec_id=exec_id,
         stream=sandbox_pb2.OutputStream.ValueType(output.stream),
-        data=output.data,
+        data=bytes(output.data),
     )
     response.time.FromNanoseconds(int(output.time_s * 1e9))
     return response

@@ -1,13 +1,18 @@
 """The execs of one sandbox by each of their names, and what is kept of those that have ended."""
 
 from pathlib import Path
+from typing import Final
 
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
 from prism_agent.exec_record import Exec, digest_of, load_execs, sweep_rings
 from prism_agent.output_room import OutputRoom
+from prism_agent.removals import Removals
 from prism_common.errors import NotFoundError, RequestIdReusedError
+
+#: More is freed, rather than kept for another exec that may need none.
+_SPARE_BYTES_MAX: Final = 64 * 1024
 
 
 class ExecTable:
@@ -19,10 +24,10 @@ class ExecTable:
     #: Invariant: each exec is in one of `_open`, `_kept` and `_bare`.
 
     Args:
-        directory: Where their files are.
+        room: Where their files are.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, room: OutputRoom) -> None:
         self._by_id: dict[str, Exec] = {}
         self._by_number: dict[int, Exec] = {}
         self._by_request: dict[str, Exec] = {}
@@ -35,11 +40,17 @@ class ExecTable:
         self._kept_bytes = 0
         #: Of those kept, whose output may still grow.
         self._growing: dict[int, Exec] = {}
+        #: Those whose output may be written to: they run, or something in the background does.
+        self._written: dict[int, Exec] = {}
         #: Those of which only the request id and the end are known.
         self._bare: dict[int, Exec] = {}
-        self._room = OutputRoom(directory)
-        self.next_number = sweep_rings(directory) + 1
-        for each in load_execs(directory):
+        self._room = room
+        #: One whose output on disk was given up: the next exec may have its file.
+        self._spare: Exec | None = None
+        #: Output on disk that was given up.
+        self.removals = Removals()
+        self.next_number = sweep_rings(room) + 1
+        for each in load_execs(room):
             self.add(each)
 
     def add(self, each: Exec) -> None:
@@ -48,12 +59,14 @@ class ExecTable:
         self._by_id[record.exec_id] = each
         self._by_number[record.number] = each
         self._by_request[record.request_id] = each
-        self._open[record.number] = each
+        self._open[record.number] = self._written[record.number] = each
         self.next_number = max(self.next_number, record.number + 1)
 
     def drop(self, each: Exec) -> None:
         """Forget an exec, and remove its files."""
         each.input.close()
+        if self._spare is each:
+            self._spare = None
         number = each.record.number
         self._by_id.pop(each.record.exec_id, None)
         self._by_number.pop(number, None)
@@ -61,6 +74,7 @@ class ExecTable:
         self._open.pop(number, None)
         self._kept.pop(number, None)
         self._growing.pop(number, None)
+        self._written.pop(number, None)
         self._bare.pop(number, None)
         self._kept_bytes -= self._sizes.pop(number, 0)
         each.remove()
@@ -76,6 +90,16 @@ class ExecTable:
     def running(self) -> list[Exec]:
         """Return the execs that run."""
         return [each for each in self._open.values() if each.running]
+
+    def written(self) -> list[Exec]:
+        """Return the execs whose output may yet grow, up to the size of their rings.
+
+        Also of those whose output was given up: what holds it open takes the room.
+        """
+        for number, each in list(self._written.items()):
+            if not each.running and (each.forgotten or each.lost or each.refused):
+                del self._written[number]
+        return list(self._written.values())
 
     def get(self, exec_id: str) -> Exec:
         """Return an exec.
@@ -134,11 +158,28 @@ class ExecTable:
 
     def _give_up(self, each: Exec) -> None:
         number = each.record.number
-        each.ring_path.unlink(missing_ok=True)
         del self._kept[number]
         self._growing.pop(number, None)
-        self._kept_bytes -= self._sizes.pop(number, 0)
+        size = self._sizes.pop(number, 0)
+        self._kept_bytes -= size
+        if self._room.in_memory:
+            each.ring_path.unlink(missing_ok=True)
+        elif self._spare is None and each.forgotten and size <= _SPARE_BYTES_MAX:
+            self._spare = each
+        else:
+            self.removals.add(each.ring_path, size)
         self._bare[number] = each
+
+    def take_spare(self) -> Path | None:
+        """Return the ring of one whose output was given up, to be made another's; None: no."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return None
+        if spare.readers or spare.log_readers:
+            # Somebody came when it was not gone yet.
+            self.removals.add(spare.ring_path, _SPARE_BYTES_MAX)
+            return None
+        return spare.ring_path
 
 
 def _first_unread(execs: dict[int, Exec]) -> Exec | None:

@@ -1,16 +1,16 @@
 """The execs of one sandbox: started once, followed by any number of clients, never just lost."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
+from prism_agent.activity import Activity
 from prism_agent.exec_launch import launch
 from prism_agent.exec_record import Exec, ExecRecord, digest_of
 from prism_agent.exec_table import ExecTable
@@ -63,15 +63,13 @@ class Execs:
         #: What execs come in where no descriptor can be passed.
         self._shared: SharedFiles | None = None
         self._room = OutputRoom(self.directory)
-        self._table = ExecTable(self.directory)
+        self._table = ExecTable(self._room)
         #: Numbers that the supervisor has named since we connected; it has no more at once.
         self._known: set[int] = set()
         self._known_changed = asyncio.Event()
         #: The connection broke. The sandbox may have ended, or not: its process says which.
         self.disconnected = asyncio.Event()
-        self._last_activity_s = time.time()
-        #: File calls under way: they too are a use of the sandbox.
-        self._calls = 0
+        self.activity = Activity()
         self._oom_kills_seen = 0
         #: Connections to ports that the supervisor was asked for.
         self._relays = 0
@@ -80,17 +78,24 @@ class Execs:
 
     # ── the sandbox's life ──
 
-    async def connect(self, running: Running, since_s: float) -> None:
+    async def connect(self, running: Running, since_s: float | None) -> None:
         """Speak to the sandbox's supervisor, and take over the execs that it has.
+
+        Args:
+            running: What runs.
+            since_s: When it was last used, as far as is known. None: we spoke to it before. That a
+                connection breaks is no use of it: what has taken its kernel over may do so.
 
         Raises:
             SandboxGoneError: It does not answer.
         """
-        self._last_activity_s = since_s
+        if since_s is not None:
+            self.activity.begin(since_s)
         self.disconnected.clear()
         if running.control_socket is None:
             return
         self.directory.mkdir(mode=0o700, exist_ok=True)
+        self._room.look()
         self._known.clear()
         client = running.take_client()
         if client is not None:
@@ -130,9 +135,11 @@ class Execs:
 
     def _take_over(self, each: Exec) -> None:
         """Settle an exec of before: it runs on, has ended, was lost, or was never started."""
+        is_new = each.header is None
         header = each.refresh()
         if header is not None and header.state >= State.EXITED:
-            self._last_activity_s = max(self._last_activity_s, header.exit_s)
+            if is_new:
+                self.activity.note(header.exit_s)
             self.settle(each)
             # Else something in the background holds its pipes.
             each.forgotten = each.record.number not in self._known
@@ -188,6 +195,24 @@ class Execs:
             each.notify()
         self._notify()
 
+    async def leave_memory(self) -> None:
+        """It has failed, and none of it runs: keep its output elsewhere than in the node's memory.
+
+        The control plane counts no memory of it any more.
+        """
+        self._room.look()
+        if not self._room.in_memory:
+            return
+        try:
+            await asyncio.to_thread(self._room.leave_memory)
+        except OSError as error:
+            logger.warning(
+                "memory of a failed sandbox is not given back",
+                extra={"path": str(self.directory), "error": str(error)},
+            )
+        for each in self._table.all():
+            each.ring_path = self._room.ring(each.record.number)
+
     def set_lease(self, left_s: float) -> None:
         """Have the supervisor end all after so many seconds, unless told anew; 0: never.
 
@@ -235,25 +260,13 @@ class Execs:
     @property
     def busy(self) -> bool:
         """An exec runs, a client follows one, or a file call is under way."""
-        return self._calls > 0 or any(each.running or each.readers for each in self._table.all())
+        return self.activity.in_call or any(
+            each.running or each.readers for each in self._table.all()
+        )
 
     def idle_s(self) -> float:
         """Return for how long nothing has run in the sandbox."""
-        return 0.0 if self.busy else max(0.0, time.time() - self._last_activity_s)
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep the sandbox from being idle, for a call that runs nothing."""
-        self._calls += 1
-        try:
-            yield
-        finally:
-            self._calls -= 1
-            self.touch()
-
-    def touch(self) -> None:
-        """It was used just now."""
-        self._last_activity_s = max(self._last_activity_s, time.time())
+        return 0.0 if self.busy else self.activity.idle_s()
 
     def ran_out_of_memory(self) -> bool:
         """The kernel killed a process for memory, and no exec's end explains it."""
@@ -308,7 +321,7 @@ class Execs:
             oom_kills = self._oom_kills()
             record.out_of_memory = oom_kills > record.oom_kills
             self._oom_kills_seen = max(self._oom_kills_seen, oom_kills)
-        self._last_activity_s = max(self._last_activity_s, header.exit_s)
+        self.activity.note(header.exit_s)
         each.input.close()
         try:
             each.save()
@@ -318,7 +331,7 @@ class Execs:
                 "cannot write an exec's record",
                 extra={"path": str(each.record_path), "error": str(error)},
             )
-        self._metrics.execs.labels(_result(each)).inc()
+        self._metrics.execs.labels(each.result()).inc()
 
     # ── starting ──
 
@@ -374,11 +387,12 @@ class Execs:
             stdin=start.stdin,
             terminal=start.HasField("terminal"),
         )
-        each = Exec(self.directory, record)
-        each.ring_bytes = self._room.ring_bytes(run.ring_bytes for run in self._table.running())
+        each = Exec(self._room, record)
+        each.ring_bytes = self._room.ring_bytes(its.ring_bytes for its in self._table.written())
         self._table.add(each)
         try:
-            launch(each, start, self._spec.env, self._client, self._shared)
+            spare = self._table.take_spare()
+            launch(each, start, self._spec.env, self._client, self._shared, spare)
         except BaseException:
             self._table.drop(each)
             raise
@@ -468,7 +482,7 @@ class Execs:
     def let_go(self, each: Exec, token: object) -> None:
         """A client is gone. After a while without any, old output gives way to new."""
         each.readers.pop(token, None)
-        self.touch()
+        self.activity.touch()
         if not each.readers:
             self._release_later(each)
 
@@ -482,16 +496,3 @@ class Execs:
         if not each.readers:
             each.window = protocol.OVERWRITE
             self._send(Message(Request.WINDOW, each.record.number, protocol.OVERWRITE))
-
-
-def _result(each: Exec) -> str:
-    header = each.header
-    if header is None:
-        return "lost"
-    if each.record.out_of_memory:
-        return "out_of_memory"
-    if header.reason is Reason.TIMEOUT:
-        return "timeout"
-    if header.reason is not Reason.NONE:
-        return "not_started"
-    return "signaled" if header.signal else "exited"

@@ -11,10 +11,10 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_agent import limits
 from prism_agent.execs import Execs
 from prism_agent.file_call import FileCall
-from prism_agent.journal import Record
 from prism_agent.model import Assignment, Phase, Sandbox
 from prism_agent.network.forward import Forward
 from prism_agent.network.relayed import Relayed
+from prism_agent.record import Record
 from prism_agent.runtime.base import Running
 from prism_common.errors import NotServedError, SandboxGoneError
 
@@ -137,7 +137,7 @@ class Hosted:
                 execs.new_relay(),
                 execs.relay,
                 self.forwards.discard,
-                execs.in_use(),
+                execs.activity.in_use(),
             )
         try:
             namespace = running.process.open_network()
@@ -145,7 +145,7 @@ class Hosted:
             raise SandboxGoneError("the sandbox ended") from None
         except OSError as error:
             raise NotServedError(f"ports by this agent ({error.strerror}): it") from None
-        return Forward(namespace, self.forwards.discard, execs.in_use())
+        return Forward(namespace, self.forwards.discard, execs.activity.in_use())
 
     async def end_calls(self) -> None:
         """Have every file call and forward let go of the sandbox, and return when they have."""

@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from typing import Final
@@ -21,11 +20,9 @@ import msgspec
 
 from prism_agent.data_directory import sync_directory, write_all
 from prism_agent.journal_log import MARKER_BYTES, Damage, JournalFormatError, JournalLog
-from prism_agent.record import VERSION, Record, record_of
+from prism_agent.record import VERSION, Record
+from prism_agent.removals import remove_tree
 from prism_common.errors import StartupError
-
-#: What it holds comes with it.
-__all__ = ["Journal", "Record", "append", "boot_id", "is_safe_id", "record_of", "replace"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +110,7 @@ class Journal:
         """
         # Most have none, and to make a Path of each costs more than to look.
         if os.path.lexists(f"{self.path}/{sandbox_id}"):
-            shutil.rmtree(self.directory(sandbox_id))
+            remove_tree(self.directory(sandbox_id))
         with self._lock:
             self._unwritten[sandbox_id] = None
 

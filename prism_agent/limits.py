@@ -32,8 +32,9 @@ REPORTS_MAX: Final = 1000
 #: and where many do.
 REPORT_LINGER_S: Final = 0.01
 REPORT_LINGER_MAX_S: Final = 0.04
-#: What is only on its way to another state is said when it stays in it for so long.
-REPORT_PASSING_S: Final = 0.02
+#: What is only on its way to another state is said when it stays in it for so long. Where hundreds
+#: start together each takes about a tenth of a second, and would be told of twice.
+REPORT_PASSING_S: Final = 0.25
 #: Between two attempts to have the disk keep what was written.
 SYNC_RETRY_S: Final = 1.0
 #: A sandbox whose lease no agent has extended ends by itself so long after the agent would have
@@ -42,6 +43,14 @@ LEASE_GRACE_S: Final = 1.0
 #: Requests that wait for a supervisor to read them. So many wait only for one that is frozen, or
 #: that whoever has taken over its sandbox's own kernel has ask for answers and read none.
 SUPERVISOR_UNSENT_MAX: Final = 4096
+#: Messages of a supervisor that are taken, in a second and at once, and some more for each exec
+#: that is started. Output needs fewer: each read takes all that there is. Whoever has taken over a
+#: sandbox's own kernel would else keep the loop busy.
+SUPERVISOR_SAYS_PER_S: Final = 500
+SUPERVISOR_SAYS_MAX: Final = 4096
+SUPERVISOR_SAYS_AN_EXEC: Final = 6
+#: One that has said more is not listened to for so long.
+SUPERVISOR_PAUSE_S: Final = 0.02
 #: Between two attempts to reach a supervisor whose connection broke.
 RECONNECT_S: Final = 0.05
 #: File calls under way in one sandbox; each has a thread of its own.

@@ -8,8 +8,8 @@ from pathlib import Path
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.edge import Edge
-from prism_agent.journal import Record
 from prism_agent.reconcile import UP
+from prism_agent.record import Record
 from prism_agent.runtime.base import Runtime
 
 

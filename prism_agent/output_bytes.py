@@ -21,7 +21,7 @@ def encode_outputs(outputs: Iterable[Output], after_sequence: int) -> Iterator[b
     for stream, group in groupby(outputs, key=lambda output: output.stream):
         parts = list(group)
         sequence = parts[-1].sequence
-        data = [part.data for part in parts]
+        data: list[bytes | memoryview] = [part.data for part in parts]
         missing = sequence - after_sequence
         if missing < sum(map(len, data)):
             data = [b"".join(data)[-missing:]]
@@ -29,7 +29,7 @@ def encode_outputs(outputs: Iterable[Output], after_sequence: int) -> Iterator[b
             yield encode_output(sequence, stream, data)
 
 
-def encode_output(sequence: int, stream: int, data: Sequence[bytes]) -> bytes:
+def encode_output(sequence: int, stream: int, data: Sequence[bytes | memoryview]) -> bytes:
     """Return one `ExecResponse` with these bytes of output."""
     fields = (
         (_SEQUENCE + _varint(sequence) if sequence else b"")

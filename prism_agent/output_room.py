@@ -14,6 +14,8 @@ from typing import Final
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
+from prism_agent.output_move import move_rings
+from prism_agent.runtime import host
 from prism_agent.supervisor.protocol import RING_BYTES_MIN, RING_HEADER_BYTES
 from prism_common.errors import QueueFullError
 from prism_common.limits import MIB
@@ -39,20 +41,45 @@ class OutputRoom:
     """
 
     def __init__(self, execs: Path) -> None:
-        self._disk = execs
+        #: Records of its execs are here.
+        self.records = execs
         self._memory = execs / MEMORY
+        #: Rings and inputs of its execs are here.
+        self.directory = execs
+        self.look()
+
+    def look(self) -> None:
+        """See where they are to be, which a start decides; those that there are stay there."""
+        self.directory = self._memory if self._memory.is_dir() else self.records
+
+    def ring(self, number: int) -> Path:
+        """Return where the output of an exec is: what has left memory once does not come back."""
+        on_disk = self.records / f"{number}.ring"
+        if not self.in_memory or on_disk.exists():
+            return on_disk
+        return self._memory / on_disk.name
+
+    def leave_memory(self) -> None:
+        """Keep on the disk what fits there, and give the memory back; no process of it may run.
+
+        Raises:
+            OSError: The memory is still taken.
+        """
+        move_rings(self._memory, self.records)
+        host.unmount(self._memory)
+        self._memory.rmdir()
+        self.look()
 
     @property
-    def directory(self) -> Path:
-        """Rings and inputs of its execs are here."""
-        return self._memory if self._memory.is_dir() else self._disk
+    def in_memory(self) -> bool:
+        """It is bounded, so what is given up must be gone before there is more."""
+        return self.directory is self._memory
 
     def _total_bytes(self) -> int | None:
         """Return how much there is; None: it is the node's disk."""
-        try:
-            found = os.statvfs(self._memory)
-        except FileNotFoundError:
+        if not self.in_memory:
             return None
+        found = os.statvfs(self._memory)
         return found.f_blocks * found.f_frsize
 
     def kept_bytes_max(self) -> int:
@@ -61,8 +88,8 @@ class OutputRoom:
         kept = limits.EXECS_BYTES_MAX
         return kept if total is None else min(kept, total // 4)
 
-    def ring_bytes(self, running: Iterable[int]) -> int:
-        """Return how much output the next exec may have, beside so much of each that runs.
+    def ring_bytes(self, written: Iterable[int]) -> int:
+        """Return how much output the next exec may have, beside so much of each that may grow.
 
         All of them together fit, and beside them what is kept, and some specs: none ever waits for
         room that another has.
@@ -73,11 +100,11 @@ class OutputRoom:
         total = self._total_bytes()
         if total is None:
             return limits.RING_BYTES
-        left = total - total // 4 - total // 8 - sum(each + RING_HEADER_BYTES for each in running)
+        left = total - total // 4 - total // 8 - sum(each + RING_HEADER_BYTES for each in written)
         if left < RING_BYTES_MIN + RING_HEADER_BYTES:
             raise QueueFullError(
-                f"output of those execs that run may take all of its {total >> 20} MiB; a sandbox "
-                "with more limits.memory_bytes has more",
+                f"output of those execs that run, or have left something running, may take all of "
+                f"its {total >> 20} MiB; a sandbox with more limits.memory_bytes has more",
                 retry_after_s=1.0,
             )
         part = left // _PART // RING_HEADER_BYTES * RING_HEADER_BYTES

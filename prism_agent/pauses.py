@@ -48,13 +48,14 @@ class Pauses:
         async with hosted.freezing:
             if not self._is(hosted, Phase.RESUMING):
                 return
+            # It reads that first: were we killed in between, it would run without a lease.
+            edge.extend_lease(hosted)
             failure = await _try(edge.runtimes[record.runtime].resume(record))
             if failure:
                 edge.perform(edge.reconciler.resume_failed(record.sandbox_id, failure))
                 return
             await self._reach(hosted)
-            edge.extend_lease(hosted)
-            hosted.execs.touch()
+            hosted.execs.activity.touch()
             edge.perform(edge.reconciler.resumed(record.sandbox_id))
 
     def _is(self, hosted: Hosted, phase: Phase) -> bool:
@@ -73,6 +74,7 @@ class Pauses:
 
     async def wake(self, hosted: Hosted, running: Running) -> None:
         """Thaw what may be frozen, so that it can end by itself; else it is killed later."""
+        self._edge.extend_lease(hosted)
         with contextlib.suppress(OSError, SandboxGoneError):
             await self._edge.runtimes[hosted.record.runtime].resume(hosted.record)
             if not hosted.execs.connected and running.control_socket is not None:

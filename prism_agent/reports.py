@@ -29,7 +29,7 @@ class ReportQueue:
     A message costs much more than a report in it, so reports wait for company: not at all if none
     was sent just now, else a moment, and longer where many come. That one is READY waits only for
     others that are; that one has ended waits for any; and one that only passes through a state
-    waits to see whether it stays there.
+    waits to see whether it stays there, also where others go.
 
     #: Invariant: a report is in `_pending`, in one batch of `_sent`, or was acknowledged.
     """
@@ -37,6 +37,8 @@ class ReportQueue:
     def __init__(self) -> None:
         self._pending: dict[str, agent_pb2.SandboxReport] = {}
         self._sent: dict[int, dict[str, agent_pb2.SandboxReport]] = {}
+        #: Loop time when a pending report of a state that is passed through is to go, by sandbox.
+        self._passing: dict[str, float] = {}
         #: Invariant: names the batch that has the latest report of each sandbox.
         self._latest: dict[str, int] = {}
         self._changed = asyncio.Event()
@@ -54,6 +56,10 @@ class ReportQueue:
         self._pending[sandbox_id] = report
         self._latest[sandbox_id] = _UNSENT
         due_s = self._due_of(report.state, asyncio.get_running_loop().time())
+        if report.state in _PASSING:
+            self._passing[sandbox_id] = due_s
+        else:
+            self._passing.pop(sandbox_id, None)
         if due_s < self._due_s or len(self._pending) == limits.REPORTS_MAX:
             self._due_s = min(due_s, self._due_s)
             self._changed.set()
@@ -74,17 +80,30 @@ class ReportQueue:
         await self._until_due()
         batch: dict[str, agent_pb2.SandboxReport] = {}
         self._sequence += 1
-        for sandbox_id in list(self._pending)[: limits.REPORTS_MAX]:
+        for sandbox_id in self._ripe()[: limits.REPORTS_MAX]:
             batch[sandbox_id] = self._pending.pop(sandbox_id)
+            self._passing.pop(sandbox_id, None)
             self._latest[sandbox_id] = self._sequence
         self._sent[self._sequence] = batch
         self._note(batch)
         return agent_pb2.ReportBatch(sequence=self._sequence, reports=batch.values())
 
+    def _ripe(self) -> list[str]:
+        """Return of which sandboxes to tell now: all, but those that may soon be in a better state.
+
+        Each report is a change on every control node, also where the message goes anyway.
+        """
+        now_s = asyncio.get_running_loop().time()
+        ripe = [key for key in self._pending if self._passing.get(key, now_s) <= now_s]
+        # A full queue must give way.
+        return ripe or list(self._pending)
+
     def _note(self, batch: dict[str, agent_pb2.SandboxReport]) -> None:
         """Remember what went and when: the next wait accordingly."""
         self._taken_s = asyncio.get_running_loop().time()
-        self._due_s = self._taken_s if self._pending else math.inf
+        self._due_s = min(
+            (self._passing.get(key, self._taken_s) for key in self._pending), default=math.inf
+        )
         if any(each.state not in _PASSING and each.state not in _ENDED for each in batch.values()):
             self._urgent_s = self._taken_s
 
@@ -116,6 +135,7 @@ class ReportQueue:
         self._sequence = 0
         self._pending = {**again, **self._pending}
         self._latest = dict.fromkeys(self._pending, _UNSENT)
+        self._passing.clear()
         if self._pending:
             self._due_s = -math.inf
             self._changed.set()

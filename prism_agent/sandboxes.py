@@ -211,7 +211,9 @@ class Sandboxes:
             raise SandboxGoneError("the sandbox ended") from None
         except OSError as error:
             raise NotServedError(f"files by this agent ({error.strerror}): it") from None
-        call = FileCall(root, hosted.record.uid, hosted.file_calls.discard, hosted.execs.in_use())
+        call = FileCall(
+            root, hosted.record.uid, hosted.file_calls.discard, hosted.execs.activity.in_use()
+        )
         hosted.file_calls.add(call)
         return call
 

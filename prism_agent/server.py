@@ -29,8 +29,9 @@ from prism_agent.sandboxes import Sandboxes
 from prism_agent.service import AgentService, NodeService
 from prism_agent.session import NodeIdentity, Session
 from prism_common.addresses import Address, require_loopback
+from prism_common.calls import CallMetrics
 from prism_common.metrics_server import MetricsServer
-from prism_common.server import CallMetrics, RpcServer
+from prism_common.server import RpcServer
 
 logger = logging.getLogger(__name__)
 

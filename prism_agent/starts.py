@@ -99,4 +99,5 @@ class Starts:
             hosted.running.close()
             hosted.running = None
         hosted.record.pid = 0
+        await hosted.execs.leave_memory()
         edge.perform(edge.reconciler.start_failed(sandbox_id, "START_FAILED", message))

@@ -1,12 +1,11 @@
 """Notices that a sandbox ends without being asked to, and keeps speaking to its supervisor."""
 
 import asyncio
-import time
 
 from prism_agent import limits
 from prism_agent.edge import Edge, warn
 from prism_agent.hosted import Hosted
-from prism_agent.journal import Record
+from prism_agent.record import Record
 from prism_agent.runtime.base import Running, Runtime
 from prism_common.errors import SandboxGoneError
 
@@ -31,6 +30,7 @@ class Watches:
             hosted.execs.lose()
             await hosted.end_calls()
             await kill(self._edge.runtimes[record.runtime], record)
+            await hosted.execs.leave_memory()
             running.close()
             hosted.running, hosted.watch, record.pid = None, None, 0
             reason, message = "SUPERVISOR_DIED", "the sandbox's first process ended"
@@ -52,7 +52,7 @@ class Watches:
 
     async def _reconnect(self, hosted: Hosted, running: Running) -> None:
         try:
-            await hosted.execs.connect(running, time.time())
+            await hosted.execs.connect(running, None)
         except (OSError, SandboxGoneError):
             # It ends just now, most likely; else it is asked again.
             await asyncio.sleep(limits.RECONNECT_S)

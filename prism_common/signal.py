@@ -1,6 +1,7 @@
 """A wake-up for all who wait."""
 
 import asyncio
+from collections.abc import Iterable
 
 
 class Signal:
@@ -44,6 +45,12 @@ class KeyedSignal:
         for waiter in self._waiters.pop(key, ()):
             if not waiter.done():
                 waiter.set_result(None)
+
+    def notify_each(self, keys: Iterable[str]) -> None:
+        """Wake all who wait for one of these; where nobody waits, they are not looked at."""
+        if self._waiters:
+            for key in keys:
+                self.notify(key)
 
     def notify_all(self) -> None:
         """Wake all who wait for any key."""

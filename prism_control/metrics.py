@@ -8,7 +8,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from prism_common.server import CallMetrics
+from prism_common.calls import CallMetrics
 
 #: From a RAM disk's commit to a spinning disk under load.
 _FSYNC_BUCKETS: Final = (

@@ -115,7 +115,10 @@ class Item:
     @property
     def wanted(self) -> bool:
         """Whether anybody still waits."""
-        return any(not caller.done() for caller in self.callers)
+        callers = self.callers
+        if len(callers) == 1:  # nearly always
+            return not callers[0].done()
+        return any(not caller.done() for caller in callers)
 
     def resolve(self, result: Result) -> None:
         """Answer all who wait."""

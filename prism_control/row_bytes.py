@@ -96,12 +96,12 @@ def _texts(rows: Iterable[SandboxRow], bytes_max: int) -> list[str]:
     spec_text = ""
     for row in rows:
         key, name, revision = row.id, row.name, row.revision
+        both = key + name
         if (
             # What has failed or waits has words of its own; there are few of them.
             row.last_seen_ms or row.reason or row.message or row.placement
             # Not with ids and names as they are made and checked now.
-            or len(key) > LENGTH_MAX or len(name) > LENGTH_MAX
-            or not key.isascii() or not name.isascii()
+            or len(both) > LENGTH_MAX or not both.isascii()
         ):  # fmt: skip
             text = _encoded(sandbox_proto(row))
         else:

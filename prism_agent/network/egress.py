@@ -16,12 +16,13 @@ from typing import Final
 from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.journal import Journal, Record
+from prism_agent.journal import Journal
 from prism_agent.network import connections, devices, policy, tools
 from prism_agent.network.devices import Link
 from prism_agent.network.namespace import apart, enter
 from prism_agent.network.policy import Policy
 from prism_agent.network.resolver import ADDRESS, Resolvers
+from prism_agent.record import Record
 from prism_agent.runtime.base import StartError
 from prism_common.errors import InvalidArgumentError
 from prism_common.names import generate_id

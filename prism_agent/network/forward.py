@@ -42,6 +42,8 @@ class Forward:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._failure: Exception | None = None
+        #: While it connects: when that is given up.
+        self._connecting: asyncio.Timeout | None = None
         #: The client has sent all, or the forward has failed.
         self._settled = asyncio.Event()
         self._sent_eof = False
@@ -62,6 +64,8 @@ class Forward:
             WrongStateError: Nothing listens there, or it does not accept connections.
             SandboxGoneError: The sandbox ends just now.
         """
+        if self._failure is not None:
+            raise self._failure
         for family, address in _LOOPBACKS:
             try:
                 connection = await open_socket(self._namespace, family)
@@ -70,11 +74,11 @@ class Forward:
                     raise
                 continue
             try:
-                async with asyncio.timeout(limits.FORWARD_CONNECT_S):
+                async with self._connect_in_time(port):
                     await asyncio.get_running_loop().sock_connect(connection, (address, port))
-            except TimeoutError:
+            except PrismError:
                 connection.close()
-                raise port_busy(port) from None
+                raise
             except OSError:
                 connection.close()
             except BaseException:
@@ -84,6 +88,21 @@ class Forward:
                 await self._take(connection)
                 return
         raise port_closed(port)
+
+    @contextlib.asynccontextmanager
+    async def _connect_in_time(self, port: int) -> AsyncIterator[None]:
+        """Give the block the time to connect, or until this has failed.
+
+        Raises:
+            PrismError: It was not connected in time, or has failed meanwhile.
+        """
+        try:
+            async with asyncio.timeout(limits.FORWARD_CONNECT_S) as self._connecting:
+                yield
+        except TimeoutError:
+            raise self._failure or port_busy(port) from None
+        finally:
+            self._connecting = None
 
     async def _take(self, connection: socket.socket) -> None:
         if connection.family is not socket.AF_UNIX:
@@ -156,6 +175,8 @@ class Forward:
             return
         self._failure = failure
         self._settled.set()
+        if self._connecting is not None and not self._connecting.expired():
+            self._connecting.reschedule(asyncio.get_running_loop().time())
         if self._reader is not None:
             self._reader.set_exception(failure)
 

@@ -4,8 +4,8 @@ from typing import Final
 
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.journal import Record
 from prism_agent.network.egress import Networks
+from prism_agent.record import Record
 from prism_agent.runtime.base import Probe, Running, Runtime, Usage
 
 

@@ -14,7 +14,6 @@ import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Final
 
-from prism_agent import limits
 from prism_agent.network.forward import Forward, broken_off, port_busy, port_closed
 from prism_agent.runtime.base import Shared
 from prism_agent.supervisor import protocol
@@ -57,11 +56,13 @@ class Relayed(Forward):
             WrongStateError: Nothing listens there, or it does not accept connections.
             SandboxGoneError: The sandbox ends just now.
         """
+        if self._failure is not None:
+            raise self._failure
         with self._listener() as listener:
             self._ask(self._number, port)
             connection: socket.socket | None = None
             try:
-                async with asyncio.timeout(limits.FORWARD_CONNECT_S):
+                async with self._connect_in_time(port):
                     loop = asyncio.get_running_loop()
                     connection, _ = await loop.sock_accept(listener)
                     connection.setblocking(False)
@@ -69,8 +70,6 @@ class Relayed(Forward):
                 if status != b"\0":
                     raise _refusal(status, port)
                 taken, connection = connection, None
-            except TimeoutError:
-                raise port_busy(port) from None
             finally:
                 if connection is not None:
                     connection.close()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.journal import Record
+from prism_agent.record import Record
 from prism_agent.supervisor.client import SupervisorClient
 
 

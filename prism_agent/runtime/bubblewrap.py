@@ -23,8 +23,9 @@ from prism_agent import limits as agent_limits
 from prism_agent import seccomp
 from prism_agent.cgroups import PROCESSES_OWN, Cgroups
 from prism_agent.data_directory import DataDirectory
-from prism_agent.journal import Journal, Record, boot_id
+from prism_agent.journal import Journal, boot_id
 from prism_agent.network.egress import namespace_arguments, resolver_configuration
+from prism_agent.record import Record
 from prism_agent.runtime import host, image
 from prism_agent.runtime.base import Probe, Process, Running, StartError, Usage
 from prism_agent.runtime.contained import START_LOG, Contained
@@ -122,8 +123,6 @@ class BubblewrapRuntime(Contained):
             raise StartError(f"image {spec.image!r} is not known here; use host")
         asked = limits_of(spec)
         self._plan(record)
-        # What is made from here on can be found again by this record.
-        self._journal.save(record)
         return await self._start(record, asked, renamable=False)
 
     async def prepare(self, record: Record, spec: sandbox_pb2.SandboxSpec) -> Running:
@@ -145,10 +144,19 @@ class BubblewrapRuntime(Contained):
         record.boot_id = boot_id()
 
     async def _start(self, record: Record, asked: sandbox_pb2.Limits, renamable: bool) -> Running:
+        loop = asyncio.get_running_loop()
+        making = loop.run_in_executor(None, self._make, record, asked, renamable)
         try:
-            info, child = await asyncio.to_thread(self._make, record, asked, renamable)
+            info, child = await asyncio.shield(making)
         except OSError as error:
             raise StartError(str(error)) from None
+        except asyncio.CancelledError:
+            # Its thread goes on: whoever removes what it makes must not come before it.
+            await asyncio.wait({making})
+            if making.exception() is None:
+                info, self._children[self._tag(record)] = making.result()
+                os.close(info)
+            raise
         self._children[self._tag(record)] = child
         pid = await self._read_pid(info, record)
         try:
@@ -169,9 +177,14 @@ class BubblewrapRuntime(Contained):
         self, record: Record, asked: sandbox_pb2.Limits, renamable: bool
     ) -> tuple[int, Child]:
         directory = self._journal.directory(record.sandbox_id)
-        directory.mkdir(mode=0o700, exist_ok=True)
         if renamable:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            # Made now, and not by the start that takes it.
+            (directory / "execs").mkdir(mode=0o700)
             write_names(directory, record.name)
+        else:
+            # What is made from here on can be found again by this record.
+            self._journal.save(record)
         if self._cgroups is not None:
             self._cgroups.create(record.cgroup, cgroup_limits(asked))
         if self._root:

@@ -3,12 +3,13 @@
 import asyncio
 import errno
 import os
-import shutil
 from pathlib import Path
 from typing import Final
 
 from prism_agent.cgroups import Cgroups
-from prism_agent.journal import Journal, Record
+from prism_agent.journal import Journal
+from prism_agent.record import Record
+from prism_agent.removals import remove_tree
 
 #: What the program that makes a sandbox says goes to this file of its directory.
 START_LOG: Final = "start.log"
@@ -68,6 +69,6 @@ class Contained:
         directory = self._journal.directory(record.sandbox_id)
         for entry in list(directory.iterdir()) if directory.is_dir() else []:
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                remove_tree(entry)
             else:
                 entry.unlink(missing_ok=True)

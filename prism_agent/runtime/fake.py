@@ -4,7 +4,7 @@ from typing import Final
 
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.journal import Record
+from prism_agent.record import Record
 from prism_agent.runtime.base import Probe, Running, Usage
 
 MESSAGE: Final = "runs nothing: for benchmarks of the control plane only"

@@ -23,9 +23,10 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_agent import limits as agent_limits
 from prism_agent.cgroups import CgroupLimits, Cgroups
 from prism_agent.data_directory import DataDirectory
-from prism_agent.journal import Journal, Record, boot_id
+from prism_agent.journal import Journal, boot_id
 from prism_agent.network.egress import namespace_arguments, resolver_configuration
 from prism_agent.output_room import MEMORY, memory_bytes
+from prism_agent.record import Record
 from prism_agent.runtime import gvisor_bundle, gvisor_release, host, image
 from prism_agent.runtime.base import Probe, Process, Running, Shared, StartError, Usage
 from prism_agent.runtime.bubblewrap import SUPERVISOR

@@ -2,7 +2,8 @@
 
 from prism.sandbox.v1 import sandbox_pb2
 
-from prism_agent.journal import Journal, Record
+from prism_agent.journal import Journal
+from prism_agent.record import Record
 from prism_agent.runtime.base import Running, Runtime, StartError
 from prism_agent.supervisor.client import SupervisorClient
 from prism_common.errors import SandboxGoneError

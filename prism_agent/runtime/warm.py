@@ -18,8 +18,9 @@ from prism.node.v1 import node_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.cgroups import Cgroups
-from prism_agent.journal import Journal, Record, boot_id
+from prism_agent.journal import Journal, boot_id
 from prism_agent.metrics import AgentMetrics
+from prism_agent.record import Record
 from prism_agent.runtime import host, reshape, warm_policy
 from prism_agent.runtime.base import Probe, Process, Running, Runtime, StartError, Usage
 from prism_agent.runtime.bubblewrap import SOCKET, BubblewrapRuntime
@@ -247,8 +248,6 @@ class WarmRuntime:
                 continue
             _take(record, member.record)
             try:
-                # From here on its processes and cgroup can be found by this record.
-                self._journal.save(record)
                 await asyncio.to_thread(self._adapt, record, limits_of(spec), member)
                 socket = self._journal.directory(record.sandbox_id) / SOCKET
                 return Running(member.process, socket, client=member.running.take_client())
@@ -269,7 +268,9 @@ class WarmRuntime:
         record.uid = record.pid = record.pid_start_ticks = 0
 
     def _adapt(self, record: Record, asked: sandbox_pb2.Limits, member: _Member) -> None:
-        """Give it its name, its limits, and the sandbox's directory."""
+        """Give it its name, its limits, and the sandbox's directory; blocks, for a thread."""
+        # From here on its processes and cgroup can be found by this record.
+        self._journal.save(record)
         old = self._journal.directory(member.record.sandbox_id)
         new = self._journal.directory(record.sandbox_id)
         name = record.name or record.sandbox_id

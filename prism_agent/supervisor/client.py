@@ -46,6 +46,11 @@ class SupervisorClient:
         self.version = 0
         #: Packets that the socket had no room for, oldest first; SUPERVISOR_UNSENT_MAX at most.
         self._unsent: deque[tuple[bytes, list[int]]] = deque()
+        #: What the other end may say before it is looked how long it has said nothing, and since
+        #: when; so at once it may say twice as much.
+        self._allowed = float(limits.SUPERVISOR_SAYS_MAX)
+        self._allowed_s = 0.0
+        self._pause: asyncio.TimerHandle | None = None
         #: It is told once: what is at the other end may say nothing else.
         self._said_nonsense = False
 
@@ -70,6 +75,7 @@ class SupervisorClient:
             connection.close()
             raise SandboxGoneError(f"the sandbox does not answer: {error}") from None
         self._socket = connection
+        self._allowed_s = loop.time()
         loop.add_reader(connection, self._receive)
         self._hello = loop.create_future()
         self.send(Message(Request.HELLO))
@@ -103,6 +109,9 @@ class SupervisorClient:
         connection, self._socket = self._socket, None
         if connection is None:
             return
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         loop = asyncio.get_running_loop()
         loop.remove_reader(connection)
         loop.remove_writer(connection)
@@ -133,6 +142,9 @@ class SupervisorClient:
         if self._socket is None:
             raise SandboxGoneError("the sandbox ended")
         packet = message.encode()
+        if message.kind == Request.EXEC:
+            # Only this: what it says has other things asked of it, and would pay for itself.
+            self._allow(limits.SUPERVISOR_SAYS_AN_EXEC)
         if not self._unsent and self._try_send(packet, descriptors):
             return
         if self._socket is not None and len(self._unsent) >= limits.SUPERVISOR_UNSENT_MAX:
@@ -168,9 +180,33 @@ class SupervisorClient:
         if self._socket is not None:
             asyncio.get_running_loop().remove_writer(self._socket)
 
+    def _allow(self, count: float) -> None:
+        self._allowed = min(self._allowed + count, limits.SUPERVISOR_SAYS_MAX)
+
+    def _may_speak(self, connection: socket.socket) -> bool:
+        """Count what it says; False: it has said too much, and is listened to again later.
+
+        What it does not get rid of holds it up, and no update is lost: each says how things are.
+        """
+        if self._allowed < 1:
+            loop = asyncio.get_running_loop()
+            now_s = loop.time()
+            self._allow((now_s - self._allowed_s) * limits.SUPERVISOR_SAYS_PER_S)
+            self._allowed_s = now_s
+            if self._allowed < 1:
+                loop.remove_reader(connection)
+                self._pause = loop.call_later(limits.SUPERVISOR_PAUSE_S, self._listen, connection)
+                return False
+        self._allowed -= 1
+        return True
+
+    def _listen(self, connection: socket.socket) -> None:
+        self._pause = None
+        asyncio.get_running_loop().add_reader(connection, self._receive)
+
     def _receive(self) -> None:
         for _ in range(64):
-            if self._socket is None:
+            if self._socket is None or not self._may_speak(self._socket):
                 return
             try:
                 packet, descriptors, _, _ = socket.recv_fds(

@@ -186,12 +186,15 @@ def decode_header(content: bytes) -> RingHeader | None:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A piece of output; `offset` is where the next one begins."""
+    """A piece of output; `offset` is where the next one begins.
+
+    `data` is a view of what was read, which is copied once less so: at 200 MB a second it counts.
+    """
 
     stream: int
     sequence: int
     time_s: float
-    data: bytes
+    data: memoryview
     offset: int
 
 
@@ -201,13 +204,14 @@ def decode_records(content: bytes, offset: int) -> list[Output]:
     At most `RECORDS_MAX` of them: more are read with the next call, from the offset of the last.
     """
     outputs: list[Output] = []
+    view = memoryview(content)
     at = 0
     while len(outputs) < RECORDS_MAX and at + RECORD_BYTES <= len(content):
         length, stream, sequence, time_ns = _RECORD.unpack_from(content, at)
         end = at + RECORD_BYTES + length
         if end > len(content):
             break
-        data = content[at + RECORD_BYTES : end]
+        data = view[at + RECORD_BYTES : end]
         outputs.append(Output(stream, sequence, time_ns / 1e9, data, offset + end))
         at = end
     return outputs

@@ -38,6 +38,7 @@ enum { AGENT = 0, PORT = 1 };
 
 static struct relay {
     bool used, connecting;
+    bool deaf; /* a side could not be watched: it is ended as soon as nobody looks at it */
     int family;
     uint16_t number;
     struct side sides[2];
@@ -54,8 +55,10 @@ static void watch_side(struct relay *relay, int which, uint32_t events)
     if (side->events)
         unwatch(side->fd);
     side->events = events;
-    if (events)
-        watch(side->fd, KEY_RELAY, (uint32_t)(relay - relays) * 2 + (uint32_t)which, events);
+    if (events && !watch(side->fd, KEY_RELAY, (uint32_t)(relay - relays) * 2 + (uint32_t)which, events)) {
+        side->events = 0;
+        relay->deaf = true;
+    }
 }
 
 static void end_relay(struct relay *relay, bool broken)
@@ -69,6 +72,18 @@ static void end_relay(struct relay *relay, bool broken)
         close_fd(&relay->sides[which].fd);
     }
     relay->used = false;
+}
+
+/* One that cannot be watched would hang for ever. */
+static void end_if_deaf(struct relay *relay)
+{
+    unsigned char status = ENOMEM;
+    if (!relay->used || !relay->deaf)
+        return;
+    if (relay->connecting && write(relay->sides[AGENT].fd, &status, 1) != 1) {
+        /* It has given up. */
+    }
+    end_relay(relay, true);
 }
 
 /* ── connecting ───────────────────────────────────────────────────────────────────────────── */
@@ -225,6 +240,7 @@ void carry(uint32_t index, uint32_t events)
         return;
     if (relay->connecting) {
         go_on_connecting(relay, (int)(index % 2));
+        end_if_deaf(relay);
         return;
     }
     bool whole = pass_on(agent, port) && pass_on(port, agent);
@@ -239,6 +255,7 @@ void carry(uint32_t index, uint32_t events)
         look_on(relay);
     else
         end_relay(relay, true);
+    end_if_deaf(relay);
 }
 
 /* Begin to carry a connection to a port. 0 or an errno. */
@@ -259,6 +276,7 @@ int start_relay(const struct message *request)
     if (fd < 0)
         return ECONNREFUSED;
     relay->used = relay->connecting = true;
+    relay->deaf = false;
     relay->family = AF_INET;
     relay->number = (uint16_t)request->a;
     relay->frame = 0;
@@ -272,5 +290,6 @@ int start_relay(const struct message *request)
     }
     fcntl(fd, F_SETFL, O_NONBLOCK);
     take_connected(relay, connect_port(relay));
+    end_if_deaf(relay);
     return 0;
 }

@@ -30,6 +30,26 @@ class Ring:
         return cls(descriptor)
 
     @classmethod
+    def reuse(cls, old: Path, path: Path, capacity: int) -> "Ring":
+        """Make a new, empty ring of one that nobody has open or will ask for again.
+
+        To make and to remove a file for each exec costs some file systems a millisecond. It has its
+        new name before it is emptied: its exec must not seem to have never run.
+
+        Raises:
+            OSError: There may be a ring by the new name, or not.
+        """
+        os.rename(old, path)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, bytes(protocol.RING_HEADER_BYTES), 0)
+            os.ftruncate(descriptor, protocol.RING_HEADER_BYTES + capacity)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return cls(descriptor)
+
+    @classmethod
     def open(cls, path: Path) -> "Ring":
         """Open a ring to read it."""
         return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))

@@ -214,6 +214,7 @@ def _run(
     import asyncio
     import signal
 
+    from prism_cli.bench import load
     from prism_cli.bench.runner import run_workloads
     from prism_cli.bench.target import Target
     from prism_cli.errors import LeavingError
@@ -240,7 +241,7 @@ def _run(
                 await target.remove_run()
 
     try:
-        return asyncio.run(run())
+        return load.run(run())
     except asyncio.CancelledError:
         if caught[0] == signal.SIGINT:
             raise KeyboardInterrupt from None

@@ -200,12 +200,17 @@ class Target:
         """Return the ids of this run's sandboxes, by linearizable reads."""
         found: list[str] = []
         request = pb.ListSandboxesRequest(page_size=_PAGE_SIZE, label_selector={LABEL: self.run_id})
+        call = self.leader.ListSandboxes(request, timeout=self.timeout_s)
         while True:
-            page = await self.leader.ListSandboxes(request, timeout=self.timeout_s)
+            page = await call
+            if page.next_page_token:
+                # Asked for before this page is read.
+                request.page_token = page.next_page_token
+                call = self.leader.ListSandboxes(request, timeout=self.timeout_s)
+                await asyncio.sleep(0)
             found += [sandbox.id for sandbox in page.sandboxes]
             if not page.next_page_token:
                 return found
-            request.page_token = page.next_page_token
 
     async def remove_run(self) -> None:
         """Remove every sandbox of this run, also those whose create was never answered.

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from prism_control.node.disk import Disk
 from prism_control.raft.core import Core
-from prism_control.raft.types import SnapshotMeta
+from prism_control.raft.types import MemberId, SnapshotMeta
 from prism_control.storage.errors import DiskFullError
 from prism_control.storage.log import LogStore
 from prism_control.storage.snapshots import SnapshotStore
@@ -21,6 +21,14 @@ SNAPSHOT_ENTRIES: Final = 10_000
 TRAILING_ENTRIES: Final = 2000
 #: After a snapshot that could not be written, most likely for want of room.
 _RETRY_S: Final = 10.0
+#: Encoding holds the interpreter's lock, and the loop, once it has let go of it in some call of the
+#: system, gets it back after 5 ms. So after so many bytes, which take about a millisecond, encoding
+#: pauses for six: 100,000 sandboxes take most of a second, and the loop goes on.
+_PACE_BYTES: Final = 256 * 1024
+_PACE_S: Final = 0.006
+#: Members apply the same entries, and would all encode at the same moment: each takes its snapshots
+#: when this share less has come than its neighbour takes them at. At most seven members vote.
+_STAGGER: Final = 0.1
 
 
 class Snapshotted(Protocol):
@@ -123,15 +131,16 @@ class Compaction:
         if self._writing or time.monotonic() < self._retry_at:
             return False
         entries = self._core.applied_index - self._core.snapshot.index
+        share = share_of(self._core.config.id, self._core.configuration.voters)
         # Another's may have been installed at the very index that is applied.
-        full = self._bytes_since >= self._policy.size_bytes and entries > 0
-        return full or entries >= self._policy.entries
+        full = self._bytes_since >= self._policy.size_bytes * share and entries > 0
+        return full or entries >= self._policy.entries * share
 
     async def _write(self, meta: SnapshotMeta, encode: Callable[[], Iterable[bytes]]) -> None:
         started = time.perf_counter()
         try:
             self.snapshot_bytes = await asyncio.to_thread(
-                lambda: self._snapshots.write(meta.index, encode())
+                lambda: self._snapshots.write(meta.index, paced(encode()))
             )
         except OSError as error:
             logger.error("snapshot %d could not be written: %s", meta.index, error)
@@ -165,3 +174,20 @@ class Compaction:
             if size > self._policy.trailing_bytes:
                 return entry.index + 1
         return first
+
+
+def share_of(me: MemberId, voters: Iterable[MemberId]) -> float:
+    """Return which share of the policy's bounds a member has: each voter another."""
+    ordered = sorted(voters)
+    return 1 - _STAGGER * (ordered.index(me) if me in ordered else 0)
+
+
+def paced(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield chunks, in a thread of their own, and let the loop's thread have its turns between."""
+    size = 0
+    for chunk in chunks:
+        yield chunk
+        size += len(chunk)
+        if size >= _PACE_BYTES:
+            size = 0
+            time.sleep(_PACE_S)

@@ -149,19 +149,17 @@ class Leadership:
         self._liveness.observe(events, monotonic_ms())
         self._deadlines.observe(events)
         self._dispatcher.observe(events)
-        for event in events:
-            if isinstance(event, SandboxChanged):
-                self._measure(event)
+        self._measure(events)
         self._placeable.notify()
 
-    def _measure(self, event: SandboxChanged) -> None:
-        row = event.row
-        if (
-            row.state is SandboxState.READY
-            and event.previous_state is not SandboxState.READY
-            and row.start_count == 1
-        ):
-            self._metrics.ready_seconds.observe((row.ready_ms - row.create_ms) / 1000)
+    def _measure(self, events: list[Event]) -> None:
+        ready = SandboxState.READY
+        for event in events:
+            if not isinstance(event, SandboxChanged) or event.row.state is not ready:
+                continue
+            row = event.row
+            if event.previous_state is not ready and row.start_count == 1:
+                self._metrics.ready_seconds.observe((row.ready_ms - row.create_ms) / 1000)
 
     async def _place(self, scheduler: Scheduler) -> None:
         """Place all that waits, one proposal a pass: what came meanwhile goes into the next."""

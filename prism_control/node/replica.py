@@ -28,9 +28,9 @@ class Replica:
         if events:
             if self.listener is not None:
                 self.listener(events)
-            for event in events:
-                if isinstance(event, SandboxChanged):
-                    self.sandbox_changed.notify(event.row.id)
+            self.sandbox_changed.notify_each(
+                event.row.id for event in events if isinstance(event, SandboxChanged)
+            )
             self.changed.notify()
         return results
 

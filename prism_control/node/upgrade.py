@@ -80,8 +80,11 @@ class VersionGate:
 
     def may(self, command: Command) -> bool:
         """Whether a command would pass; the raise itself is what lets the others pass."""
-        is_raise = isinstance(command, RaiseVersion)
-        return is_raise or version_of(command) <= self._machine().command_version
+        active = self._machine().command_version
+        # First: mostly all are upgraded, and this is asked for every request and report.
+        return (
+            active >= VERSION or isinstance(command, RaiseVersion) or version_of(command) <= active
+        )
 
     def due(self) -> RaiseVersion | None:
         """Return the raise that all members are ready for; called on a leader."""

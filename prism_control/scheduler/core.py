@@ -31,6 +31,7 @@ from prism_control.state.model import (
     SandboxRow,
     SandboxState,
     held_by,
+    holds_all,
     is_placed,
 )
 
@@ -198,7 +199,7 @@ class Scheduler:
     # ── Events ───────────────────────────────────────────────────────────────────────────────
 
     def _sandbox_changed(self, row: SandboxRow, previous: SandboxRow | None) -> None:
-        if previous is not None and HOLDS_ALL[previous.state] and _holds_all(row):
+        if previous is not None and HOLDS_ALL[previous.state] and holds_all(row):
             if row.spec is not previous.spec:  # its limits may be others
                 self._account(previous, -1)
                 self._account(row, 1)
@@ -344,11 +345,6 @@ class Scheduler:
             for view in (full + unsuitable + closed)[:REFUSALS_MAX]
         )
         return f"waits for a node: of {len(self._nodes)}, {counts or 'none refuses'}", refusals
-
-
-def _holds_all(row: SandboxRow) -> bool:
-    """Return whether a row holds all that its limits promise: `held_by` without the amounts."""
-    return HOLDS_ALL[row.state] or (row.state is SandboxState.DELETING and not row.end_ms)
 
 
 def _nearest_first(view: NodeView) -> tuple[float, str]:

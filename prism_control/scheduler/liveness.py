@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from prism_control.state.commands import LoseNode, ReviveNode, SuspectNode
-from prism_control.state.events import Event, NodeChanged, NodeRemoved
+from prism_control.state.events import Event, NodeRemoved, SandboxChanged
 from prism_control.state.model import NodeRow, NodeState
 
 LivenessCommand: TypeAlias = SuspectNode | LoseNode | ReviveNode
@@ -141,9 +141,11 @@ class Liveness:
     def observe(self, events: Sequence[Event], now_ms: int) -> None:
         """Take over committed changes of nodes. A registration counts as a heartbeat."""
         for event in events:
+            if isinstance(event, SandboxChanged):
+                continue  # nearly all
             if isinstance(event, NodeRemoved):
                 self._watched.pop(event.row.id, None)
-            elif isinstance(event, NodeChanged):
+            else:
                 self._node_changed(event.row, now_ms)
 
     def tick(self, now_ms: int, wall_ms: int) -> list[LivenessCommand]:

@@ -364,6 +364,8 @@ def version_of(item: Command) -> int:
     """Return the lowest version of the machine that can apply a command."""
     if isinstance(item, CreateSandbox):  # first: most are
         return 4 if item.spec.output_bytes_per_second or item.spec.egress is not None else 1
+    if isinstance(item, DeleteSandbox):  # the next most
+        return 1
     kind = type(item)
     if isinstance(item, UpdateSandbox) and item.has_limits:
         return 4
@@ -380,7 +382,11 @@ def version_of(item: Command) -> int:
 def _version_of_report(report: Report) -> int:
     if report.reason == LIMITS_NOT_HELD:
         return 4
-    return 2 if report.state is ObservedState.PAUSED else 1
+    return 2 if report.state is _PAUSED else 1
+
+
+#: Each report asks for it: a name of the module costs less than a member of an enum.
+_PAUSED: Final = ObservedState.PAUSED
 
 
 class _Head(Struct, frozen=True, array_like=True):

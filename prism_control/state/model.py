@@ -307,6 +307,14 @@ def need_of(spec: Spec) -> Amounts:
     return Amounts(spec.cpu_millicores, spec.memory_bytes, spec.disk_bytes, 1)
 
 
+def holds_all(row: SandboxRow) -> bool:
+    """Return whether the row has a node and holds all that its limits promise: as `held_by`.
+
+    One that is being removed does until its processes have ended.
+    """
+    return HOLDS_ALL[row.state] or (row.state is SandboxState.DELETING and not row.end_ms)
+
+
 def held_by(row: SandboxRow) -> Amounts:
     """Return what the row takes from its node now.
 
@@ -316,9 +324,7 @@ def held_by(row: SandboxRow) -> Amounts:
     """
     if not is_placed(row):
         return NOTHING
-    if row.state is SandboxState.FAILED or (row.state is SandboxState.DELETING and row.end_ms):
-        return Amounts(disk_bytes=row.spec.disk_bytes)
-    return need_of(row.spec)
+    return need_of(row.spec) if holds_all(row) else Amounts(disk_bytes=row.spec.disk_bytes)
 
 
 def pairs(values: dict[str, str]) -> Pairs:

@@ -30,6 +30,7 @@ from prism_control.state.model import (
     SandboxState,
     Spec,
     held_by,
+    holds_all,
     is_placed,
 )
 from prism_control.state.prefixes import PrefixIndex
@@ -46,6 +47,8 @@ TOMBSTONE_KEPT_MS: Final = 3600 * 1000
 TOMBSTONES_MAX: Final = 20_000
 #: Rows that one page looks at: some milliseconds, in which nobody else is served.
 PASSED_OVER_MAX: Final = 5000
+#: They are looked at in pieces of at least so many.
+_LOOKED_AT_MIN: Final = 64
 #: Specs are mostly equal: each is kept once. Past this many different ones sharing begins anew.
 _SPECS_MAX: Final = 4096
 #: Holes in the list of ids are closed once they are half of it, and more than this.
@@ -159,20 +162,30 @@ class Tables:
         few, a page has fewer than `limit`, or none. The second value is 0 on the last page.
         """
         found: list[SandboxRow] = []
-        first = bisect_right(self._order_revisions, after)
-        last = first + PASSED_OVER_MAX
-        revisions, get = self._order_revisions[first:last], self.sandboxes.get
-        for revision, key in zip(revisions, self._order_ids[first:last], strict=True):
-            row = get(key)
-            if row is None or row.create_revision != revision:
-                continue
-            if row.state is SandboxState.DELETED and not tombstones:
-                continue
-            if keep is None or keep(row):
-                if len(found) == limit:
-                    return found, found[-1].create_revision
-                found.append(row)
-        return found, revisions[-1] if last < len(self._order_ids) else 0
+        get, deleted = self.sandboxes.get, SandboxState.DELETED
+        begin = bisect_right(self._order_revisions, after)
+        last = begin + PASSED_OVER_MAX
+        while begin < min(last, len(self._order_ids)):
+            # Some at once: a list of all is a hundred thousand rows.
+            end = min(begin + max(limit + 1 - len(found), _LOOKED_AT_MIN), last)
+            rows = [
+                row
+                for revision, row in zip(
+                    self._order_revisions[begin:end],
+                    map(get, self._order_ids[begin:end]),
+                    strict=True,
+                )
+                if row is not None
+                and row.create_revision == revision
+                and (row.state is not deleted or tombstones)
+            ]
+            found += rows if keep is None else filter(keep, rows)
+            begin = end
+            if len(found) > limit:
+                return found[:limit], found[limit - 1].create_revision
+        if last < len(self._order_ids):
+            return found, self._order_revisions[last - 1]
+        return found, 0
 
     # ── Writing ──────────────────────────────────────────────────────────────────────────────
 
@@ -306,9 +319,10 @@ class Tables:
         self.counts[state] += 1
         if (
             HOLDS_ALL[before]
-            and (HOLDS_ALL[state] or (state is SandboxState.DELETING and not fresh.end_ms))
-            and row.node_id == fresh.node_id and row.spec is fresh.spec
-        ):  # fmt: skip
+            and holds_all(fresh)
+            and row.node_id == fresh.node_id
+            and row.spec is fresh.spec
+        ):
             return  # most changes: what its node holds stays as it is
         if before is not state:
             self._reindex_state(row, before, state)

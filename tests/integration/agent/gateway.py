@@ -10,8 +10,9 @@ from prism.sandbox.v1 import sandbox_pb2
 from prometheus_client import CollectorRegistry
 
 from prism_common.addresses import Address
+from prism_common.calls import CallMetrics
 from prism_common.errors import NotLeaderError
-from prism_common.server import CallMetrics, RpcServer
+from prism_common.server import RpcServer
 
 
 class Gateway(agent_pb2_grpc.AgentGatewayServicer):

@@ -18,6 +18,7 @@ from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups
+from prism_agent.runtime import host
 from tests.integration.agent import files
 from tests.integration.agent.conftest import why_no_gvisor, why_no_sandboxes
 from tests.integration.agent.gateway import Gateway
@@ -218,6 +219,17 @@ async def test_death_of_all_its_processes_is_told(
     request = sandbox_pb2.GetExecRequest(sandbox=sandbox, exec_id=so_far.exec_id)
     info = await agent.stub.GetExec(request)
     assert (info.running, info.HasField("exit")) == (False, False)
+    # What it has said can be read on, and takes no memory of the node, which counts none of it.
+    logs = agent.stub.StreamLogs(sandbox_pb2.StreamLogsRequest(sandbox=sandbox))
+    assert [each.data async for each in logs] == [b"up\n"]
+    execs = agent.data_dir / "sandboxes" / sandbox / "execs"
+    assert host.mounts_below(execs) == []
+    # And it can be started again.
+    gateway.want(sandbox, RUN, start_count=2)
+    await gateway.wait_for(sandbox, READY)
+    assert (await agent.run(sandbox, ["echo", "again"])).stdout == b"again\n"
+    logs = agent.stub.StreamLogs(sandbox_pb2.StreamLogsRequest(sandbox=sandbox))
+    assert [each.data async for each in logs] == [b"up\n", b"again\n"]
 
 
 async def test_stop_ends_all_and_the_next_start_is_clean(

@@ -13,7 +13,8 @@ from prism.agent.v1 import agent_pb2
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import cgroups
-from prism_agent.journal import Journal, Record
+from prism_agent.journal import Journal
+from prism_agent.record import Record
 from prism_agent.runtime import host
 from prism_common.limits import MIB
 from tests.integration.agent import process as process_module

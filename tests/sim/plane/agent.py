@@ -18,7 +18,6 @@ from prism.sandbox.v1 import sandbox_pb2
 from prism_agent.data_directory import NodeState
 from prism_agent.edge import Edge
 from prism_agent.hosted import Hosted, report_of
-from prism_agent.journal import record_of
 from prism_agent.reconcile import (
     UP,
     Action,
@@ -34,6 +33,7 @@ from prism_agent.reconcile import (
     Start,
     Stop,
 )
+from prism_agent.record import record_of
 from prism_agent.reports import ReportQueue
 from prism_agent.session import NodeIdentity, Session
 from tests.sim.plane.loop import EPOCH_S
@@ -155,6 +155,7 @@ class SimAgent:
         self._plane.trace("lease over", self.name, *key)
         self.end(key)
         if self._sandboxes is not None:
+            self._plane.check_end(key[0], self._sandboxes.lease_left_s)
             self._sandboxes.died(*key)
 
     def unended(self) -> list[tuple[str, int]]:
@@ -229,26 +230,46 @@ class _Sandboxes:
         for key in self._agent.processes.keys() - known:
             self._agent.end(key)
         for sandbox in adopted:
-            alive = (sandbox.sandbox_id, sandbox.generation) in self._agent.processes
-            if alive and sandbox.phase in (Phase.QUEUED, Phase.STARTING):
-                # Half a start is undone, and begun anew.
-                self._agent.end((sandbox.sandbox_id, sandbox.generation))
-            elif alive:
-                self._host(sandbox)
-            self.perform(self.reconciler.adopt(sandbox, alive))
+            self._adopt(sandbox)
         self.started.set()
 
-    def _host(self, sandbox: Sandbox) -> None:
-        """Speak to the supervisor of a sandbox, as `Execs.connect` does."""
+    def _adopt(self, sandbox: Sandbox) -> None:
+        """Take over what an earlier process has started, as `Adoption` does."""
+        key = (sandbox.sandbox_id, sandbox.generation)
+        supervisor = self._agent.processes.get(key)
+        fenced = self.reconciler.fenced and sandbox.wanted.reschedules
+        if supervisor is not None and (
+            # Half a start is undone, and begun anew.
+            sandbox.phase in (Phase.QUEUED, Phase.STARTING)
+            # It could not be thawed, to be told that it has no lease.
+            or (fenced and sandbox.phase is Phase.PAUSING)
+        ):
+            self._agent.end(key)
+            supervisor = None
+        if supervisor is not None and sandbox.phase is Phase.PAUSING:
+            self._plane.begins(self._agent, *key)
+            supervisor.thaw()
+        if supervisor is not None:
+            self._host(sandbox, connected=sandbox.phase not in (Phase.PAUSED, Phase.RESUMING))
+        self.perform(self.reconciler.adopt(sandbox, supervisor is not None))
+
+    def _host(self, sandbox: Sandbox, *, connected: bool) -> None:
+        """Hold a sandbox, and speak to its supervisor, unless that is frozen, as `Execs` does."""
         supervisor = self._agent.processes[sandbox.sandbox_id, sandbox.generation]
         hosted = Hosted(
             record_of(sandbox),
             sandbox_pb2.SandboxSpec(),
             cast("Any", None),
-            known_execs=cast("Any", supervisor),
+            known_execs=cast("Any", supervisor if connected else None),
         )
         self._edge.hosted[sandbox.sandbox_id] = hosted
         self._edge.extend_lease(hosted)
+
+    @property
+    def lease_left_s(self) -> float:
+        """For how long this process may let run what may run elsewhere then; 0: no more."""
+        until_s = self._edge._lease_until_s
+        return 0.0 if until_s is None else max(0.0, until_s - self._plane.loop.time())
 
     def died(self, sandbox_id: str, generation: int) -> None:
         """The processes of a sandbox have ended by themselves."""
@@ -334,7 +355,7 @@ class _Sandboxes:
             self.perform(self.reconciler.start_failed(sandbox_id, "START_FAILED", "made up"))
             return
         self._agent.begin(*key)
-        self._host(sandbox)
+        self._host(sandbox, connected=True)
         await asyncio.sleep(self._random.uniform(0.001, 0.2))
         if key in self._agent.processes:
             self.perform(self.reconciler.started(sandbox_id, "fake"))
@@ -357,14 +378,20 @@ class _Sandboxes:
         supervisor, hosted = self._agent.processes.get(key), self._edge.hosted.get(sandbox_id)
         if sandbox is None or supervisor is None or hosted is None:
             return
+        # As `Pauses`, step by step: the agent may be killed between any two.
         if pause and sandbox.phase is Phase.PAUSING:
-            # As `Pauses`: what is frozen has no lease.
             supervisor.freeze()
-            supervisor.set_lease(0)
+            await asyncio.sleep(self._random.uniform(0.0001, 0.01))
+            if hosted.known_execs is not None:
+                hosted.known_execs.set_lease(0)
             self.perform(self.reconciler.paused(sandbox_id))
         elif not pause and sandbox.phase is Phase.RESUMING:
-            self._plane.begins(self._agent, *key)
-            supervisor.thaw()
             hosted.record.phase = sandbox.phase
             self._edge.extend_lease(hosted)
+            self._plane.begins(self._agent, *key)
+            supervisor.thaw()
+            await asyncio.sleep(self._random.uniform(0.0001, 0.01))
+            if hosted.known_execs is None:
+                hosted.known_execs = cast("Any", supervisor)
+                self._edge.extend_lease(hosted)
             self.perform(self.reconciler.resumed(sandbox_id))

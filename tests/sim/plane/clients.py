@@ -57,7 +57,7 @@ class Clients:
             await self._create()
             return
         sandbox = self._random.choice(sorted(self.created.values()))
-        request = self._request()
+        request = self.request()
         command: Command
         if kind < 0.72:
             self.deleted.add(sandbox)
@@ -73,12 +73,12 @@ class Clients:
         else:
             await self._steer()
             return
-        answer = await self._send(command)
+        answer = await self.send(command)
         if isinstance(answer, Ok) and answer.sandbox.id != sandbox:
             raise ViolationError(f"{command} was answered with {answer.sandbox.id}")
 
     async def _create(self) -> None:
-        request, name = self._request(), f"box-{self._made}"
+        request, name = self.request(), f"box-{self._made}"
         spec = Spec(
             image="host",
             cpu_millicores=self._random.choice((100, 500, 1000)),
@@ -115,13 +115,15 @@ class Clients:
             command = commands.CordonNode(agent.node_id, cordoned=False)
         else:
             command = commands.DrainNode(agent.node_id, deadline_ms=1)
-        await self._send(command)
+        await self.send(command)
 
-    def _request(self) -> str:
+    def request(self) -> str:
+        """Return an id for a new request."""
         self._made += 1
         return f"req-{self._made}"
 
-    async def _send(self, command: Command) -> Ok | Refused | object:
+    async def send(self, command: Command) -> Ok | Refused | object:
+        """Send until there is an answer, and return it."""
         return await self._send_again(lambda: command)
 
     async def _send_again(self, make: object) -> object:

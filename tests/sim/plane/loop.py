@@ -152,6 +152,9 @@ class VirtualTime:
         """Nanoseconds since 1970, as whoever asks believes."""
         return int(self.time() * 1e9)
 
+    def sleep(self, seconds: float) -> None:
+        """Only threads sleep, and `run_in_executor` says how long their work takes."""
+
 
 class VirtualSecrets:
     """Stands in for the module `secrets`."""

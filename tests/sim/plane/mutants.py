@@ -199,23 +199,23 @@ PLANE_MUTANTS = (
     _mutant(
         "waiting callers are forgotten", 400, Batcher, "fail_all", _waiting_callers_are_forgotten
     ),
-    _mutant("stale term is obeyed", 200, Reconciler, "accepts_term", _stale_term_is_obeyed),
+    _mutant("stale term is obeyed", 300, Reconciler, "accepts_term", _stale_term_is_obeyed),
     _mutant("unknown copies stay", 20, Reconciler, "_remove_unknown", _unknown_copies_stay),
     _mutant("lease is ignored", 200, Session, "_renew_lease", _lease_is_ignored),
     _mutant("nodes are lost too soon", 50, Liveness, "_judge", _nodes_are_lost_too_soon),
-    _mutant("reservations are forgotten", 800, Scheduler, "forget", _reservations_are_forgotten),
+    _mutant("reservations are forgotten", 200, Scheduler, "forget", _reservations_are_forgotten),
     _mutant("labels are not compared", 20, NodeView, "suits", _labels_are_not_compared),
     _mutant("old copy is not waited for", 100, Drains, "due", _old_copy_is_not_waited_for),
     _mutant(
         "lost explanations are not told again",
-        300,
+        400,
         Scheduler,
         "forget_all",
         _lost_explanations_are_not_told_again,
     ),
     _mutant(
         "overtaken start keeps its count",
-        500,
+        100,
         Reconciler,
         "_converge_stopped",
         _overtaken_start_keeps_its_count,
@@ -223,17 +223,17 @@ PLANE_MUTANTS = (
     _mutant(
         "new commands are not held back", 50, VersionGate, "may", _new_commands_are_not_held_back
     ),
-    _mutant("cordoned nodes are open", 5, NodeView, "open", _cordoned_nodes_are_open),
+    _mutant("cordoned nodes are open", 50, NodeView, "open", _cordoned_nodes_are_open),
     _mutant(
         "supervisors outlive their lease",
-        20,
+        100,
         SimSupervisor,
         "_look",
         _supervisors_outlive_their_lease,
     ),
     _mutant(
         "supervisors outlast the leader's patience",
-        50,
+        100,
         Edge,
         "_lease_left_s",
         _supervisors_outlast_the_leader,

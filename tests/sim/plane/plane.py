@@ -22,6 +22,7 @@ from tests.sim.plane.agent import CAPACITY, SimAgent, current_agent
 from tests.sim.plane.clients import Clients
 from tests.sim.plane.faults import Faults
 from tests.sim.plane.gateway import Call, Channel, first_of
+from tests.sim.plane.haste import Haste
 from tests.sim.plane.loop import StuckError, VirtualLoop, virtual
 from tests.sim.plane.member import SimMember
 from tests.sim.plane.network import Links
@@ -89,6 +90,7 @@ class Plane:
             for number in range(1, agents + 1)
         ]
         self.clients = Clients(self, Random(random.getrandbits(64)))
+        self.haste = Haste(self, Random(f"haste {seed}"))
         self.faults = Faults(self, Random(random.getrandbits(64)))
         self.calls: list[Call] = []
         self.is_healed = False
@@ -152,6 +154,7 @@ class Plane:
         for agent in self.agents:
             agent.start()
         callers = [self.loop.create_task(self.clients.run()) for _ in range(3)]
+        callers.append(self.loop.create_task(self.haste.run()))
         faults = self.loop.create_task(self.faults.run())
         absences = self.loop.create_task(self.absences.run())
         checks = self.loop.create_task(self._check_always())
@@ -230,6 +233,11 @@ class Plane:
                         f"generation {running_generation} runs on {other.name}"
                     )
 
+    def check_end(self, sandbox_id: str, lease_left_s: float) -> None:
+        """A supervisor has ended by itself: not while an agent lives that has its node's lease."""
+        if lease_left_s > 0:
+            self._violated(f"{sandbox_id} has ended, {lease_left_s:g} s before its node's lease")
+
     def check_placement(self, row: SandboxRow, node: NodeRow) -> None:
         """A placement is committed: its node must have been fit for it."""
         wanted, has = set(row.spec.node_selector), set(node.labels)
@@ -302,6 +310,9 @@ class Plane:
             return False
         if not all(row.state in _AT_REST or _waits(row) for row in rows):
             return False
+        waiting = [row for row in rows if _waits(row)]
+        if any(_fits(row, node, machine) for row in waiting for node in machine.nodes()):
+            return False
         wanted = {(row.id, row.generation, row.node_id) for row in rows if row.state in _RUNNING}
         found = {
             (sandbox_id, generation, agent.node_id)
@@ -360,6 +371,20 @@ def _is_settled(node: NodeRow, is_gone: bool) -> bool:
 def _waits(row: SandboxRow) -> bool:
     """Whether a sandbox waits for room, which may never come."""
     return row.state is SandboxState.PENDING and not is_placed(row) and bool(row.message)
+
+
+def _fits(row: SandboxRow, node: NodeRow, machine: Machine) -> bool:
+    """Whether a node could take a sandbox that waits for one."""
+    need, held, room = row.spec, machine.allocated(node.id), node.capacity
+    return (
+        node.state is NodeState.READY
+        and not node.cordoned
+        and set(need.node_selector) <= set(node.labels)
+        and held.cpu_millicores + need.cpu_millicores <= room.cpu_millicores
+        and held.memory_bytes + need.memory_bytes <= room.memory_bytes
+        and held.disk_bytes + need.disk_bytes <= room.disk_bytes
+        and held.slots < room.slots
+    )
 
 
 def _rows(machine: Machine) -> list[SandboxRow]:

@@ -17,10 +17,11 @@ from prometheus_client import CollectorRegistry
 
 from prism_agent import journal as journal_module
 from prism_agent import limits
-from prism_agent.journal import Journal, Record, record_of
+from prism_agent.journal import Journal
 from prism_agent.metrics import AgentMetrics
 from prism_agent.model import Assignment, Desired, Phase, Sandbox
 from prism_agent.reconcile import Reconciler
+from prism_agent.record import Record, record_of
 from prism_agent.reports import ReportQueue
 from prism_agent.runtime.base import Running
 from prism_agent.runtime.fake import FakeRuntime

@@ -10,6 +10,7 @@ from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent.exec_launch import launch
 from prism_agent.exec_record import Exec, ExecRecord, digest_of
+from prism_agent.output_room import OutputRoom
 from prism_agent.supervisor.client import SupervisorClient
 from prism_agent.supervisor.protocol import Message
 
@@ -30,7 +31,7 @@ def _exec(directory: Path, start: sandbox_pb2.ExecStart) -> Exec:
         exec_id="ex-1", number=1, request_id="rq-1", digest=digest_of(start),
         argv=list(start.argv), start_time_s=0.0, oom_kills=0, stdin=start.stdin,
     )  # fmt: skip
-    each = Exec(directory, record)
+    each = Exec(OutputRoom(directory), record)
     each.ring_bytes = 128 * 1024
     return each
 

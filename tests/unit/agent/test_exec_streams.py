@@ -13,6 +13,7 @@ from prism_agent.exec_record import Exec, ExecRecord
 from prism_agent.exec_streams import follow
 from prism_agent.execs import Execs
 from prism_agent.metrics import AgentMetrics
+from prism_agent.output_room import OutputRoom
 from prism_agent.supervisor.protocol import MAGIC, RING_HEADER_BYTES, State
 from prism_agent.supervisor.ring import Ring
 
@@ -32,7 +33,7 @@ async def test_output_without_end_and_without_bytes_does_not_hold_the_loop_up(
         exec_id="ex-1", number=1, request_id="rq-1", digest="", argv=["true"],
         start_time_s=0.0, oom_kills=0, stdin=False,
     )  # fmt: skip
-    each = Exec(execs.directory, record)
+    each = Exec(OutputRoom(execs.directory), record)
     capacity = 1000 * _RECORD.size
     ring = Ring.create(each.ring_path, capacity)
     numbers = (2, MAGIC, State.RUNNING, capacity, 1 << 62, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2)

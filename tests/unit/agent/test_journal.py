@@ -12,8 +12,9 @@ import pytest
 
 from prism_agent import journal as journal_module
 from prism_agent.data_directory import DataDirectory
-from prism_agent.journal import Journal, Record, is_safe_id, record_of
+from prism_agent.journal import Journal, is_safe_id
 from prism_agent.reconcile import Assignment, Desired, Phase, Sandbox
+from prism_agent.record import Record, record_of
 from prism_common.errors import StartupError
 
 #: What prism-agent 0.0 wrote to sandboxes/sb-1/record.

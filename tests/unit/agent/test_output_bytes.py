@@ -25,10 +25,10 @@ def told(outputs: list[Output], after: int) -> list[tuple[int, int, bytes]]:
 
 def test_neighbours_of_one_stream_share_a_response_and_none_is_said_twice() -> None:
     outputs = [
-        Output(OUT, 3, 1.0, b"abc", 30),
-        Output(OUT, 5, 2.0, b"de", 60),
-        Output(ERR, 6, 3.0, b"!", 90),
-        Output(OUT, 8, 4.0, b"fg", 120),
+        Output(OUT, 3, 1.0, memoryview(b"abc"), 30),
+        Output(OUT, 5, 2.0, memoryview(b"de"), 60),
+        Output(ERR, 6, 3.0, memoryview(b"!"), 90),
+        Output(OUT, 8, 4.0, memoryview(b"fg"), 120),
     ]
     assert told(outputs, 0) == [(5, OUT, b"abcde"), (6, ERR, b"!"), (8, OUT, b"fg")]
     assert told(outputs, 2) == [(5, OUT, b"cde"), (6, ERR, b"!"), (8, OUT, b"fg")]

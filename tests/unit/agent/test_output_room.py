@@ -11,6 +11,7 @@ from prism_agent import limits
 from prism_agent.output_room import MEMORY, OutputRoom, memory_bytes
 from prism_agent.runtime import host
 from prism_agent.supervisor.protocol import RING_BYTES_MIN, RING_HEADER_BYTES
+from prism_agent.supervisor.ring import Ring
 from prism_common.errors import QueueFullError
 from prism_common.limits import MIB
 
@@ -57,3 +58,30 @@ def test_in_memory_all_fit_together_and_one_too_many_is_refused(
 def test_its_size_follows_the_memory_of_the_sandbox_up_to_a_bound() -> None:
     assert memory_bytes(sandbox_pb2.Limits(memory_bytes=256 * MIB)) == 64 * MIB
     assert memory_bytes(sandbox_pb2.Limits(memory_bytes=1 << 40)) == 4096 * MIB
+
+
+def test_what_fails_keeps_its_newest_output_on_the_disk_and_no_memory(
+    memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "EXECS_BYTES_MAX", 100_000)
+    room = OutputRoom(tmp_path)
+    for number in (1, 2, 10):
+        ring = Ring.create(room.ring(number))
+        # Behind a hole of megabytes.
+        os.pwrite(ring.fileno(), bytes([number]) * 40_000, 8 * MIB if memory > 8 * MIB else MIB)
+        ring.close()
+    expected = {number: room.ring(number).read_bytes() for number in (2, 10)}
+    (room.directory / "11.ring").symlink_to("/etc/passwd")
+    os.mkfifo(room.directory / "12.ring")
+    room.leave_memory()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10.ring", "2.ring"]
+    assert not room.in_memory
+    for number, content in expected.items():
+        assert room.ring(number).read_bytes() == content
+        assert room.ring(number).stat().st_blocks * 512 <= 50_000
+    # It is started again.
+    (tmp_path / MEMORY).mkdir()
+    host.mount_tmpfs(tmp_path / MEMORY, memory, 0)
+    room.look()
+    assert room.ring(2) == tmp_path / "2.ring"
+    assert room.ring(13) == tmp_path / MEMORY / "13.ring"

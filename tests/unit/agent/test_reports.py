@@ -99,6 +99,20 @@ async def test_what_stays_in_passing_is_said(monkeypatch: pytest.MonkeyPatch) ->
     assert await take(queue) == (1, {"a": STARTING})
 
 
+async def test_what_passes_does_not_ride_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REPORT_PASSING_S", 0.3)
+    queue = ReportQueue()
+    began_s = now_s()
+    queue.put(report("a", STARTING))
+    queue.put(report("b", STARTING))
+    queue.put(report("c", READY))
+    assert await take(queue) == (1, {"c": READY})
+    queue.put(report("b", READY))
+    assert await take(queue) == (2, {"b": READY})
+    assert now_s() - began_s < 0.3
+    assert await take(queue) == (3, {"a": STARTING})
+
+
 async def test_a_full_message_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REPORT_LINGER_S", 100.0)
     monkeypatch.setattr(limits, "REPORT_PASSING_S", 100.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prism_agent.exec_record import Exec, ExecRecord
+from prism_agent.output_room import OutputRoom
 from prism_agent.supervisor.protocol import (
     MAGIC,
     RECORDS_MAX,
@@ -69,7 +70,7 @@ def test_an_unreadable_ring_is_told_of_once(
         exec_id="ex-1", number=1, request_id="rq-1", digest="", argv=["true"],
         start_time_s=0.0, oom_kills=0, stdin=False,
     )  # fmt: skip
-    each = Exec(tmp_path, record)
+    each = Exec(OutputRoom(tmp_path), record)
     each.ring_path.write_bytes(b"short")
     for _ in range(3):
         assert each.refresh() is None

@@ -13,10 +13,11 @@ from prometheus_client import CollectorRegistry
 
 from prism_agent import limits, resizes
 from prism_agent.data_directory import DataDirectory
-from prism_agent.journal import Journal, Record
+from prism_agent.journal import Journal
 from prism_agent.metrics import AgentMetrics
 from prism_agent.purge import purge
 from prism_agent.reconcile import Assignment, Desired, Phase, Reconciler
+from prism_agent.record import Record
 from prism_agent.reports import ReportQueue
 from prism_agent.runtime.base import Probe, Process, Running, Usage
 from prism_agent.sandboxes import Sandboxes

@@ -15,8 +15,9 @@ from prometheus_client import CollectorRegistry
 from prism_common import caller, channels
 from prism_common.addresses import Address
 from prism_common.admission import Admission
+from prism_common.calls import CallMetrics
 from prism_common.errors import NoLeaderError, StartupError, WrongStateError
-from prism_common.server import CallMetrics, RpcServer
+from prism_common.server import RpcServer
 from prism_common.status import RemoteError, from_rpc_error, to_status
 
 SERVICE = "prism.cluster.v1.ClusterService"

@@ -1,108 +1,19 @@
-"""From requests to entries: when they share one, and that each caller gets its own answer."""
+"""From requests to entries: when they share one, and whose turn it is."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from prism_common import caller
 from prism_common.errors import (
     DiskFullError,
-    NotLeaderError,
-    OutcomeUnknownError,
     QueueFullError,
-    StoppingError,
 )
-from prism_control import batcher as batcher_module
-from prism_control.batcher import Batcher, EntryBatch
-from prism_control.metrics import BatcherMetrics
-from prism_control.node.upgrade import VersionGate
 from prism_control.request_queue import BatchingSettings
 from prism_control.state import commands
-from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox, StopSandbox
-from prism_control.state.machine import Machine
-from prism_control.state.model import Spec
-from prism_control.state.results import Ok, Refused, Result
-
-
-class Clock:
-    """Stands in for the monotonic clock of the batcher."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time_ns(self) -> int:
-        return int(self.now * 1e9)
-
-
-class Bench:
-    """A batcher, and what a driver would do with it."""
-
-    def __init__(self, settings: BatchingSettings) -> None:
-        self.registry = CollectorRegistry()
-        self.wakes = 0
-        self.room = True
-        self.machine = Machine()
-        self.batcher = Batcher(
-            settings,
-            BatcherMetrics(self.registry),
-            self._wake,
-            lambda: self.room,
-            VersionGate(lambda: self.machine).check,
-        )
-
-    def _wake(self) -> None:
-        self.wakes += 1
-
-    def submit(self, command: Command, size: int = 256) -> asyncio.Task[Result]:
-        return asyncio.get_running_loop().create_task(self.batcher.submit(command, size))
-
-    def commit(self, batches: Sequence[EntryBatch]) -> None:
-        for batch in batches:
-            results, _ = self.machine.apply(self.machine.applied_index + 1, batch.data)
-            batch.resolve(results)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(batcher_module, "time", made)
-    return made
-
-
-def spec() -> Spec:
-    return Spec("host", 100, 2**28, 2**28, 64, 1024)
-
-
-def create(name: str, request_id: str = "") -> CreateSandbox:
-    return CreateSandbox(request_id, b"f", f"sb-{name}", name, spec())
-
-
-def names(batches: Sequence[EntryBatch]) -> list[list[str]]:
-    return [
-        [getattr(item, "name", None) or item.sandbox for item in commands.decode(b.data).items]  # type: ignore[union-attr]
-        for b in batches
-    ]
-
-
-@contextmanager
-def as_client(name: str) -> Iterator[None]:
-    token = caller.client.set(name)
-    try:
-        yield
-    finally:
-        caller.client.reset(token)
-
-
-async def settle() -> None:
-    for _ in range(3):
-        await asyncio.sleep(0)
+from prism_control.state.commands import DeleteSandbox, StopSandbox
+from prism_control.state.results import Ok, Refused
+from tests.unit.control.batching import Bench, Clock, as_client, create, names, settle
 
 
 async def test_at_low_load_a_request_is_an_entry_at_once(clock: Clock) -> None:
@@ -189,6 +100,20 @@ async def test_a_batch_is_bounded_in_items_and_bytes(clock: Clock) -> None:
     bench.batcher.close()
 
 
+async def test_what_the_leader_proposes_itself_is_bounded_by_how_long_it_takes_to_apply(
+    clock: Clock,
+) -> None:
+    bench = Bench(BatchingSettings())
+    reports = [bench.submit(StopSandbox("", b"f", f"s{number}"), 40_000) for number in range(10)]
+    await settle()
+    clock.now += 0.05
+    batches = bench.batcher.take()
+    assert [len(batch) for batch in names(batches)] == [3, 3, 3, 1]
+    bench.commit(batches)
+    assert all(isinstance(answer, Refused) for answer in await asyncio.gather(*reports))
+    bench.batcher.close()
+
+
 async def test_each_caller_gets_the_answer_of_its_own_item(clock: Clock) -> None:
     bench = Bench(BatchingSettings())
     wanted = ["a", "b", "a", "c"]
@@ -254,82 +179,6 @@ async def test_the_retry_hint_follows_the_measured_rate(clock: Clock) -> None:
     assert slow > 2 * fast
 
 
-async def test_callers_that_have_gone_get_no_sandbox(clock: Clock) -> None:
-    bench = Bench(BatchingSettings())
-    tasks = [bench.submit(create(f"s{n}")) for n in range(4)]
-    await settle()
-    tasks[1].cancel()
-    tasks[3].cancel()
-    await settle()
-    clock.now += 0.02
-    batches = bench.batcher.take()
-    assert names(batches) == [["s0", "s2"]]
-    bench.commit(batches)
-    await asyncio.gather(tasks[0], tasks[2])
-    assert bench.batcher.take() == []
-
-
-async def test_a_caller_that_goes_later_does_not_disturb_the_others(clock: Clock) -> None:
-    bench = Bench(BatchingSettings())
-    tasks = [bench.submit(create(f"s{n}")) for n in range(3)]
-    await settle()
-    clock.now += 0.02
-    batches = bench.batcher.take()
-    tasks[1].cancel()
-    await settle()
-    bench.commit(batches)
-    assert isinstance(await tasks[2], Ok)
-
-
-async def test_a_failed_entry_fails_all_its_callers(clock: Clock) -> None:
-    bench = Bench(BatchingSettings())
-    tasks = [bench.submit(create(f"s{n}")) for n in range(3)]
-    await settle()
-    clock.now += 0.02
-    (batch,) = bench.batcher.take()
-    batch.fail(OutcomeUnknownError("leadership was lost"))
-    results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(result) for result in results] == [OutcomeUnknownError] * 3
-
-
-@pytest.mark.parametrize("how", ["close", "fail_all"])
-async def test_nothing_hangs_when_it_ends(clock: Clock, how: str) -> None:
-    bench = Bench(BatchingSettings())
-    tasks = [bench.submit(create(f"s{n}")) for n in range(100)]
-    group = asyncio.get_running_loop().create_task(
-        bench.batcher.submit_all([(create("g1"), 1), (DeleteSandbox("", b"", "x"), 1)])
-    )
-    await settle()
-    if how == "close":
-        bench.batcher.close()
-        expected: type[Exception] = StoppingError
-    else:
-        bench.batcher.fail_all(NotLeaderError("not here"))
-        expected = NotLeaderError
-    async with asyncio.timeout(5):
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert {type(result) for result in results} == {expected}
-        assert {type(result) for result in await group} == {expected}
-    assert bench.batcher.take() == []
-    if how == "close":
-        with pytest.raises(StoppingError):
-            await bench.batcher.submit(create("late"))
-
-
-async def test_a_group_has_a_result_for_each_and_room_for_what_fits(clock: Clock) -> None:
-    bench = Bench(BatchingSettings(create_queue_size=2))
-    group = asyncio.get_running_loop().create_task(
-        bench.batcher.submit_all([(create(name), 1) for name in ("a", "b", "c")])
-    )
-    await settle()
-    clock.now += 0.02
-    bench.commit(bench.batcher.take())
-    first, second, third = await group
-    assert isinstance(first, Ok)
-    assert isinstance(second, Ok)
-    assert isinstance(third, QueueFullError)
-
-
 async def test_without_room_on_the_disk_nothing_is_queued(clock: Clock) -> None:
     bench = Bench(BatchingSettings())
     bench.room = False
@@ -370,45 +219,6 @@ async def test_what_lingers_is_taken_without_another_request() -> None:
             while bench.wakes == seen and not all(task.done() for task in tasks):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
     assert bench.machine.sandbox_count == 200
-
-
-async def test_a_request_sent_again_while_it_waits_is_proposed_once(clock: Clock) -> None:
-    bench = Bench(BatchingSettings(threshold=0, create_queue_size=1))
-    tasks = [bench.submit(create("a", "r1")) for _ in range(3)]
-    await settle()
-    assert bench.batcher.queues()["create"][0] == 1
-    batches = bench.batcher.take()
-    assert names(batches) == [["a"]]
-    bench.commit(batches)
-    answers = await asyncio.gather(*tasks)
-    assert len({answer.sandbox.id for answer in answers if isinstance(answer, Ok)}) == 1
-    assert all(isinstance(answer, Ok) for answer in answers)
-
-
-async def test_a_request_whose_first_caller_has_gone_is_still_proposed(clock: Clock) -> None:
-    bench = Bench(BatchingSettings(threshold=0))
-    first, second = (bench.submit(create("a", "r1")) for _ in range(2))
-    await settle()
-    first.cancel()
-    await settle()
-    bench.commit(bench.batcher.take())
-    assert isinstance(await second, Ok)
-
-
-async def test_a_used_request_id_with_other_contents_is_refused_by_the_machine(
-    clock: Clock,
-) -> None:
-    bench = Bench(BatchingSettings(threshold=0))
-    tasks = [
-        bench.submit(CreateSandbox("r1", digest, f"sb-{name}", name, spec()))
-        for digest, name in ((b"f", "a"), (b"g", "b"))
-    ]
-    await settle()
-    clock.now += 0.02
-    bench.commit(bench.batcher.take())
-    first, second = await asyncio.gather(*tasks)
-    assert isinstance(first, Ok)
-    assert isinstance(second, Refused)
 
 
 async def test_what_waits_for_company_rides_along_with_what_is_due(clock: Clock) -> None:
@@ -475,41 +285,6 @@ async def test_most_of_a_crowd_goes_at_once_and_does_not_wait_for_the_rest(clock
     assert [len(batch) for batch in names(batches)] == [70]
     bench.commit(batches)
     await asyncio.gather(*few, *most)
-
-
-async def test_a_group_hears_of_each_item_and_of_a_failure_for_all(clock: Clock) -> None:
-    bench = Bench(BatchingSettings(threshold=0))
-    group = asyncio.get_running_loop().create_task(
-        bench.batcher.submit_all([(create("a"), 1), (create("a"), 1), (create("b"), 1)])
-    )
-    await settle()
-    clock.now += 0.02
-    bench.commit(bench.batcher.take())
-    first, second, third = await group
-    assert isinstance(first, Ok)
-    assert isinstance(second, Refused)
-    assert isinstance(third, Ok)
-    lost = asyncio.get_running_loop().create_task(
-        bench.batcher.submit_all([(create("c"), 1), (create("d"), 1)])
-    )
-    await settle()
-    clock.now += 0.02
-    for batch in bench.batcher.take():
-        batch.fail(OutcomeUnknownError("leadership was lost"))
-    assert [type(answer) for answer in await lost] == [OutcomeUnknownError] * 2
-    assert await bench.batcher.submit_all([]) == []
-
-
-async def test_a_group_whose_caller_has_gone_is_not_proposed(clock: Clock) -> None:
-    bench = Bench(BatchingSettings(threshold=0))
-    group = asyncio.get_running_loop().create_task(
-        bench.batcher.submit_all([(create("a"), 1), (create("b"), 1)])
-    )
-    await settle()
-    group.cancel()
-    await settle()
-    clock.now += 0.02
-    assert bench.batcher.take() == []
 
 
 async def test_a_client_with_much_waiting_delays_another_by_a_batch_at_most(clock: Clock) -> None:

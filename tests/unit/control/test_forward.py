@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from prism_common import caller
 from prism_common.addresses import Address
+from prism_common.calls import CallMetrics
 from prism_common.channels import ChannelPool
 from prism_common.errors import (
     AlreadyExistsError,
@@ -23,7 +24,7 @@ from prism_common.errors import (
     QueueFullError,
     UpgradeNeededError,
 )
-from prism_common.server import CallMetrics, RpcServer
+from prism_common.server import RpcServer
 from prism_common.signal import Signal
 from prism_control.api import forward
 from prism_control.api.forward import FORWARDED, Forwarder

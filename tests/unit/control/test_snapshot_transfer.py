@@ -11,8 +11,9 @@ from prism.raft.v1 import raft_pb2, raft_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from prism_common.addresses import Address
+from prism_common.calls import CallMetrics
 from prism_common.errors import DiskFullError, InvalidArgumentError
-from prism_common.server import CallMetrics, RpcServer
+from prism_common.server import RpcServer
 from prism_control.metrics import SnapshotMetrics
 from prism_control.raft.types import Configuration, Member, Message, SnapshotMeta, SnapshotRequest
 from prism_control.storage.incoming import IncomingSnapshot, SnapshotIdentity
