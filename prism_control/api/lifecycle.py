@@ -55,7 +55,7 @@ def create_command(
     """Return what to propose for a create that was checked, with what that has returned."""
     return commands.CreateSandbox(
         request_id=request.request_id,
-        fingerprint=validation.fingerprint(request, "wait_until"),
+        fingerprint=validation.fingerprint_of_create(request),
         sandbox_id=names.generate_id("sb"),
         name=request.name or names.generate_name(),
         spec=spec or validation.spec_of(request.spec),

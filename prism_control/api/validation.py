@@ -35,6 +35,16 @@ def fingerprint(request: Message, *ignored: str) -> bytes:
     return hashlib.sha256(encoded).digest()[:16]
 
 
+def fingerprint_of_create(request: sandbox_pb2.CreateSandboxRequest) -> bytes:
+    """Return the fingerprint of a create whose spec was read; what it waits for is not part of it.
+
+    Most have a spec that others have too, and nothing else.
+    """
+    if request.name or not request.HasField("spec"):
+        return fingerprint(request, "wait_until")
+    return _spec_of(request.spec.SerializeToString(deterministic=True))[1]
+
+
 def reference(value: str, field: str) -> str:
     """Return an id, name or prefix as given, if it can be one.
 
@@ -129,13 +139,17 @@ def spec_of(proto: sandbox_pb2.SandboxSpec) -> Spec:
     Raises:
         InvalidArgumentError: A field is out of its range; it names field and range.
     """
-    return _spec_of(proto.SerializeToString(deterministic=True))
+    return _spec_of(proto.SerializeToString(deterministic=True))[0]
 
 
 @functools.lru_cache(maxsize=_SPECS_MAX)
-def _spec_of(data: bytes) -> Spec:
-    """Read a spec. Most are equal, and each is read twice: when it is checked and when proposed."""
-    return _read_spec(sandbox_pb2.SandboxSpec.FromString(data))
+def _spec_of(data: bytes) -> tuple[Spec, bytes]:
+    """Read a spec; return it, and the fingerprint of a create that has nothing but it.
+
+    Most are equal, and each is read twice: when it is checked and when it is proposed.
+    """
+    proto = sandbox_pb2.SandboxSpec.FromString(data)
+    return _read_spec(proto), fingerprint(sandbox_pb2.CreateSandboxRequest(spec=proto))
 
 
 def _read_spec(proto: sandbox_pb2.SandboxSpec) -> Spec:

@@ -167,6 +167,21 @@ def test_a_fingerprint_is_of_the_contents_and_not_of_how_they_were_sent() -> Non
     assert request.request_id == "a"
 
 
+def test_the_fingerprint_of_a_create_is_that_of_its_contents_however_it_is_found() -> None:
+    spec = Spec(labels={"a": "b", "c": "d"}, priority=3)
+    ready = sandbox_pb2.WAIT_UNTIL_READY
+    for request in (
+        sandbox_pb2.CreateSandboxRequest(request_id="r", spec=spec, wait_until=ready),
+        sandbox_pb2.CreateSandboxRequest(request_id="r", spec=Spec()),
+        sandbox_pb2.CreateSandboxRequest(request_id="r", name="web", spec=spec),
+        sandbox_pb2.CreateSandboxRequest(request_id="r", name="web"),
+        sandbox_pb2.CreateSandboxRequest(request_id="r"),
+    ):
+        found = validation.fingerprint_of_create(request)
+        assert found == validation.fingerprint(request, "wait_until")
+        assert request.request_id == "r"
+
+
 # ── Page tokens ──────────────────────────────────────────────────────────────────────────────────
 
 
