@@ -28,9 +28,12 @@ logger = logging.getLogger(__name__)
 #: Batches of reports of one agent that may wait for their commit; then its stream is not read.
 _REPORTS_IN_FLIGHT_MAX: Final = 16
 _REPORTS_MAX: Final = 1000
-#: Between two messages of assignments to one agent, and where they have followed each other.
+#: Between two messages of assignments to one agent, and where they have followed each other …
 _PAUSE_S: Final = 0.005
 _PAUSE_BUSY_S: Final = 0.04
+#: … unless all agents together are sent fewer than so many in a second, and in a row.
+_AT_ONCE_PER_S: Final = 200.0
+_AT_ONCE_MAX: Final = 64.0
 #: Registrations arrive together after a change of leader; each is proposed within this time.
 _REGISTER_TIMEOUT_S: Final = 10.0
 #: What an agent says of a sandbox goes into the replicated state and to every user.
@@ -88,6 +91,24 @@ class _Writer:
             await self._write(response)
 
 
+class _AtOnce:
+    """Counts messages that need not wait for company: where there are few, each goes at once."""
+
+    def __init__(self) -> None:
+        self._left = _AT_ONCE_MAX
+        self._at_s = 0.0
+
+    def take(self, now_s: float) -> bool:
+        """Count one; False: there are many."""
+        earned = (now_s - self._at_s) * _AT_ONCE_PER_S
+        self._left = min(self._left + earned, _AT_ONCE_MAX)
+        self._at_s = now_s
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
 class Dispatcher:
     """All sessions of this member; there are some only while it leads."""
 
@@ -96,6 +117,7 @@ class Dispatcher:
         self._office: Office | None = None
         self._dispatch = Dispatch()
         self._sessions: dict[str, _Session] = {}
+        self._at_once = _AtOnce()
 
     # ── Office ───────────────────────────────────────────────────────────────────────────────
 
@@ -212,15 +234,17 @@ class Dispatcher:
         for part in parts:
             await write(self._batch(office, part, complete=False))
         await write(self._batch(office, last, complete=True))
+        loop = asyncio.get_running_loop()
         busy = False
         while session.ended is None:
             assignments = session.agent.take()
             if assignments:
                 await write(self._batch(office, assignments, complete=False))
-                # What comes meanwhile shares the next message: each costs as much as tens of
-                # assignments do. The first one went at once.
-                await asyncio.sleep(_PAUSE_BUSY_S if busy else _PAUSE_S)
-                busy = True
+                if not self._at_once.take(loop.time()):
+                    # What comes meanwhile shares the next message: each costs as much as tens of
+                    # assignments do. The first one went at once.
+                    await asyncio.sleep(_PAUSE_BUSY_S if busy else _PAUSE_S)
+                    busy = True
             else:
                 busy = False
                 await session.wake.wait()

@@ -200,3 +200,26 @@ async def test_sessions_leave_nothing_behind(control: Control) -> None:
         await agent.task
     assert control.dispatcher._sessions == {}
     assert control.dispatcher._dispatch.agent("node-1") is None
+
+
+async def test_few_assignments_go_at_once_and_many_share_messages(control: Control) -> None:
+    agent = await joined(control)
+    await agent.get("assignments")
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for number in range(20):
+        control.place(f"few-{number}")
+        assert len((await agent.get("assignments")).assignments) == 1
+    # Messages that waited for company would take 0.8 s.
+    assert loop.time() - began < 0.4
+
+    while control.dispatcher._at_once.take(loop.time()):
+        pass  # other agents have been sent many
+    for number in range(40):
+        control.place(f"many-{number}")
+        await asyncio.sleep(0)
+    sent, messages = 0, 0
+    while sent < 40:
+        sent += len((await agent.get("assignments")).assignments)
+        messages += 1
+    assert messages < 25
