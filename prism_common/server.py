@@ -8,7 +8,8 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from prism_common import limits
 from prism_common.acceptors import Acceptors, serves_a_call
@@ -101,13 +102,14 @@ class RpcServer:
         """Answer calls on the bound port. `names` are the full names of the services added."""
         self._names = list(names)
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health)
-        reflection.enable_server_reflection(
-            [
-                *self._names,
-                health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
-                reflection.SERVICE_NAME,
-            ],
-            cast("grpc.aio.Server", self),
+        served = [
+            *self._names,
+            health_pb2.DESCRIPTOR.services_by_name["Health"].full_name,
+            reflection.SERVICE_NAME,
+        ]
+        self.add(
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server,
+            ReflectionServicer(service_names=served),
         )
         await self.server.start()
         self._acceptors = Acceptors(self.server, self._handlers)
