@@ -375,7 +375,8 @@ class ExecSession:
         of_terminal = (signal.SIGWINCH, signal.SIGCONT) if self._terminal is not None else ()
         before = {number: signal.getsignal(number) for number in (*handled, *of_terminal)}
         for number in handled:
-            if before[number] is not signal.SIG_IGN:  # nohup stays nohup
+            # nohup stays nohup; the detach keys need SIGQUIT, also where a shell ignored it.
+            if number == signal.SIGQUIT or before[number] is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
         for number in of_terminal:
             signal.signal(number, self._on_terminal_changed)

@@ -120,6 +120,18 @@ def test_detach_keys_leave_it_running_and_attach_goes_on(sit: Sit, fake: FakePri
     assert again.leaves() == 5
 
 
+def test_detach_keys_work_where_a_shell_ignores_sigquit(sit: Sit, fake: FakePrism) -> None:
+    before = signal.signal(signal.SIGQUIT, signal.SIG_IGN)  # as children of `&` have it
+    try:
+        person = sit("sandbox", "exec", "-it", "web", "--", "shell")
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+    person.sees(b"ready")
+    person.type(b"\x10\x11")
+    assert person.leaves() == 0
+    assert fake.execs["ex-1"].exit is None
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_gives_the_terminal_back(sit: Sit, fake: FakePrism, number: int) -> None:
     person = sit("sandbox", "exec", "-it", "web", "--", "shell")

@@ -6,6 +6,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -135,6 +136,18 @@ async def until_nothing_is_left(agent: AgentProcess, timeout_s: float) -> dict[s
     return found
 
 
+@contextlib.asynccontextmanager
+async def bounded(what: str) -> AsyncIterator[None]:
+    """Fail with what did not come where the time of a step has passed."""
+    try:
+        async with asyncio.timeout(STEP_S) as bound:
+            yield
+    except TimeoutError:
+        if not bound.expired():
+            raise
+        raise AssertionError(f"{what} in {STEP_S} s") from None
+
+
 class RandomKills:
     """One agent that is killed, and a few sandboxes that come and go.
 
@@ -201,7 +214,7 @@ class RandomKills:
             if not self._agent.alive:
                 raise AssertionError(f"the agent ended by itself; see {self._agent.log}")
             if in_vain == KILLS_IN_VAIN_MAX:
-                async with asyncio.timeout(STEP_S):
+                async with bounded("nothing was reached"):
                     await self._reached.wait()
             in_vain = 0 if self._reached.is_set() else in_vain + 1
             self._reached.clear()
@@ -213,6 +226,11 @@ class RandomKills:
 
     async def _kill_agent(self) -> None:
         self._up.clear()
+        async with bounded("the agent was not killed and started"):
+            await self._kill_and_start()
+        self._up.set()
+
+    async def _kill_and_start(self) -> None:
         await self._agent.kill()
         self.figures.agent_kills += 1
         await self._agent.spawn()
@@ -224,7 +242,6 @@ class RandomKills:
             self.figures.agent_kills += 1
             await self._agent.spawn()
         await self._agent.serving()
-        self._up.set()
 
     def _kill_supervisor(self) -> None:
         """Kill one process of those that a sandbox lives by, of whatever it is just doing."""
@@ -323,7 +340,10 @@ class RandomKills:
         while True:
             await self._up.wait()
             try:
-                result = await self._agent.run(sandbox, ["sh", "-c", script], request_id=request_id)
+                async with bounded(f"the exec {request_id} of {sandbox} did not end"):
+                    result = await self._agent.run(
+                        sandbox, ["sh", "-c", script], request_id=request_id
+                    )
             except grpc.aio.AioRpcError as error:
                 killed = error.code() in KILLED or error.details() == BROKEN_WRITE
                 if not killed or time.monotonic() > end_s:
