@@ -11,10 +11,10 @@ from prism_control.fair_queue import FairQueue
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
 
-#: Fewer never go early together.
-_COMPANY_MIN: Final = 8
-#: Of all that are waiting or under way.
-_COMPANY_SHARE: Final = 0.6
+#: Up to so many go all together: one entry and one round for all. One who is alone waits for nobody.
+_COMPANY_ALL: Final = 32
+#: Of more that are waiting or under way, so many go: the others' entry is on its way meanwhile.
+_COMPANY_SHARE: Final = 0.5
 #: What a request costs at least, in bytes, in its client's turn.
 _COST_MIN: Final = 256
 #: With each entry that has ended.
@@ -245,7 +245,7 @@ class RequestQueue:
         Clients that wait for their answers send no more: most of them wait here then, and would
         all wait for nothing.
         """
-        return max(_COMPANY_MIN, _COMPANY_SHARE * self._crowd)
+        return min(self._crowd, max(_COMPANY_ALL, _COMPANY_SHARE * self._crowd))
 
     def leave(self, count: int) -> None:
         """Take note that so many were taken out, to be proposed."""

@@ -276,15 +276,35 @@ async def test_most_of_a_crowd_goes_at_once_and_does_not_wait_for_the_rest(clock
     await settle()
     bench.commit(bench.batcher.take())
     await asyncio.gather(*first)
-    few = [bench.submit(create(f"t{n}")) for n in range(50)]
+    few = [bench.submit(create(f"t{n}")) for n in range(40)]
     await settle()
     assert bench.batcher.take() == []
     most = [bench.submit(create(f"u{n}")) for n in range(20)]
     await settle()
     batches = bench.batcher.take()
-    assert [len(batch) for batch in names(batches)] == [70]
+    assert [len(batch) for batch in names(batches)] == [60]
     bench.commit(batches)
     await asyncio.gather(*few, *most)
+
+
+@pytest.mark.parametrize("writers", [1, 2, 8, 30])
+async def test_a_few_who_wait_for_their_answers_go_together_as_soon_as_all_are_there(
+    clock: Clock, writers: int
+) -> None:
+    """However fast they come: there is nobody else to wait for."""
+    bench = Bench(BatchingSettings(threshold=0))
+    for turn in range(500):
+        tasks = [bench.submit(create(f"s{turn}-{n}")) for n in range(writers - 1)]
+        await settle()
+        if turn > 200:  # before, they come too seldom for anybody to wait
+            assert bench.batcher.take() == []
+        tasks.append(bench.submit(create(f"s{turn}-last")))
+        await settle()
+        batches = bench.batcher.take()
+        assert sum(map(len, names(batches))) == writers
+        bench.commit(batches)
+        await asyncio.gather(*tasks)
+        clock.now += 0.002
 
 
 async def test_a_client_with_much_waiting_delays_another_by_a_batch_at_most(clock: Clock) -> None:
