@@ -3,8 +3,11 @@
 Pure, as the reconciler is.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
+from msgspec.structs import replace
 
 
 class Desired(StrEnum):
@@ -44,8 +47,7 @@ LIMITS_NOT_HELD = "LIMITS_NOT_HELD"
 LEASE_EXPIRED = "LEASE_EXPIRED"
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(msgspec.Struct, frozen=True):
     """One desired sandbox. `spec` is opaque here; `expire_time_s` 0 means never."""
 
     sandbox_id: str

@@ -67,9 +67,7 @@ def _room(queue: RequestQueue) -> int:
 class EntryBatch:
     """One entry to be proposed, and the callers that wait for its items."""
 
-    def __init__(
-        self, items: Sequence[Item], at_ms: int, ended: Callable[[int, bool], None]
-    ) -> None:
+    def __init__(self, items: Sequence[Item], at_ms: int, ended: Callable[[bool], None]) -> None:
         self._items = items
         self._ended = ended
         self.data = commands.encode(
@@ -81,13 +79,13 @@ class EntryBatch:
         results: Sequence[Result] = result  # type: ignore[assignment]
         for item, answer in zip(self._items, results, strict=True):
             item.resolve(answer)
-        self._ended(len(self._items), True)
+        self._ended(True)
 
     def fail(self, error: Exception) -> None:
         """Tell every caller."""
         for item in self._items:
             item.fail(error)
-        self._ended(len(self._items), False)
+        self._ended(False)
 
 
 class _Load:
@@ -137,6 +135,8 @@ class Batcher:
         self._deletes = RequestQueue("delete", settings.delete_queue_size, settings)
         self._others = RequestQueue("other", _OTHER_QUEUE_SIZE, settings)
         self._queues = (self._others, self._creates, self._deletes)
+        #: Returns what the leader adds to an entry of creates, to be applied after them.
+        self.accompany: Callable[[Sequence[Command]], Sequence[Item]] | None = None
         self._closed: PrismError | None = None
         self._last_ms = 0
         self._load = _Load()
@@ -234,7 +234,10 @@ class Batcher:
                     break
                 self._metrics.batch_size.labels(queue.op).observe(len(items))
                 queue.leave(len(items))
-                batches.append(EntryBatch(items, self._now_ms(), partial(self._ended, queue)))
+                ended = partial(self._ended, queue, len(items))
+                if queue is self._creates and self.accompany is not None:
+                    items += self.accompany([item.command for item in items])
+                batches.append(EntryBatch(items, self._now_ms(), ended))
         for queue in self._queues:
             self._wake_for(queue, now)
         return batches

@@ -11,7 +11,7 @@ from prism_control.fair_queue import FairQueue
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
 
-#: Up to so many go all together: one entry and one round for all. One who is alone waits for nobody.
+#: Up to so many go all together: one entry, one round. One who is alone waits for nobody.
 _COMPANY_ALL: Final = 32
 #: Of more that are waiting or under way, so many go: the others' entry is on its way meanwhile.
 _COMPANY_SHARE: Final = 0.5

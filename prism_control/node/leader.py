@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 from prism_common.addresses import parse_address
@@ -19,14 +20,15 @@ from prism_control.node.upgrade import VersionGate
 from prism_control.raft.errors import InvalidRequestError, NotReadyError
 from prism_control.raft.errors import NotLeaderError as RaftNotLeaderError
 from prism_control.raft.types import Member
+from prism_control.request_queue import Item
 from prism_control.scheduler.core import Scheduler
 from prism_control.scheduler.deadlines import Deadlines
 from prism_control.scheduler.drains import Drains
 from prism_control.scheduler.liveness import Liveness
-from prism_control.state.commands import AssignSandboxes, Command
+from prism_control.state.commands import AssignSandboxes, Command, CreateSandbox
 from prism_control.state.events import Event, SandboxChanged
 from prism_control.state.model import SandboxState
-from prism_control.state.results import Assigned
+from prism_control.state.results import Assigned, Result
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,36 @@ def monotonic_ms() -> int:
 def wall_ms() -> int:
     """Return the wall clock in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
+
+
+class _Decided:
+    """The scheduler's decisions that were proposed, as who waits for what becomes of them."""
+
+    def __init__(
+        self, scheduler: Scheduler, command: AssignSandboxes, metrics: LeaderMetrics
+    ) -> None:
+        self._scheduler = scheduler
+        self._command = command
+        self._metrics = metrics
+        #: About what they take in the log, in bytes.
+        self.size = 64 * len(command.placements) + _COMMAND_BYTES
+
+    def done(self) -> bool:
+        """It waits to the end."""
+        return False
+
+    def set_result(self, result: Result) -> None:
+        """Have the scheduler decide anew on those that are void."""
+        if isinstance(result, Assigned):
+            self._scheduler.forget(result.refused)
+            self._metrics.placements.labels("refused").inc(len(result.refused))
+            committed = len(self._command.placements) - len(result.refused)
+            self._metrics.placements.labels("committed").inc(committed)
+
+    def set_exception(self, error: Exception) -> None:
+        """Have it decide anew on all."""
+        logger.warning("placements were not committed: %s", error)
+        self._scheduler.forget_all(self._command)
 
 
 class Leadership:
@@ -108,6 +140,7 @@ class Leadership:
         self._liveness = Liveness(machine.nodes(), monotonic_ms())
         self._deadlines = Deadlines(machine.sandboxes())
         self._replica.listener = self._observe
+        self._batcher.accompany = partial(self._place_ahead, self._scheduler)
         self._dispatcher.open(
             Office(
                 cluster_id=self._cluster_id,
@@ -134,6 +167,7 @@ class Leadership:
                     task.cancel()
         finally:
             self._replica.listener = None
+            self._batcher.accompany = None
             self._scheduler = self._liveness = self._deadlines = None
             error = NotLeaderError("this member does not lead any more", retry_after_s=0.5)
             self._batcher.fail_all(error)
@@ -181,18 +215,23 @@ class Leadership:
             return
 
     async def _propose_placements(self, scheduler: Scheduler, command: AssignSandboxes) -> None:
+        decided = _Decided(scheduler, command, self._metrics)
         try:
-            result = await self._batcher.submit(command, 64 * len(command.placements) + 256)
+            result = await self._batcher.submit(command, decided.size)
         except PrismError as error:
-            logger.warning("placements were not committed: %s", error)
-            scheduler.forget_all(command)
+            decided.set_exception(error)
             await _pause(error)
-            return
-        if isinstance(result, Assigned):
-            scheduler.forget(result.refused)
-            self._metrics.placements.labels("refused").inc(len(result.refused))
-            committed = len(command.placements) - len(result.refused)
-            self._metrics.placements.labels("committed").inc(committed)
+        else:
+            decided.set_result(result)
+
+    def _place_ahead(self, scheduler: Scheduler, commands: Sequence[Command]) -> Sequence[Item]:
+        """Place sandboxes in the entry that creates them: that saves one, and its round."""
+        creates = [command for command in commands if isinstance(command, CreateSandbox)]
+        command = scheduler.decide_ahead(creates)
+        if command is None:
+            return ()
+        decided = _Decided(scheduler, command, self._metrics)
+        return (Item(command, decided.size, [decided]),)
 
     async def _watch(self, liveness: Liveness, deadlines: Deadlines) -> None:
         """Propose what silence, deadlines and drains ask for."""

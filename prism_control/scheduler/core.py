@@ -18,10 +18,11 @@ from prism_control.scheduler.placement import (
 )
 from prism_control.scheduler.views import NodeView, Reservation, Shape, entry_of, shape_of
 from prism_control.scheduler.waiting import ShapeQueue, Waiting
-from prism_control.state.commands import AssignSandboxes, Explanation, Placement
+from prism_control.state.commands import AssignSandboxes, CreateSandbox, Explanation, Placement
 from prism_control.state.events import Event, NodeChanged, SandboxChanged
 from prism_control.state.machine import Machine
 from prism_control.state.model import (
+    GENERATION_FIRST,
     HOLDS_ALL,
     NOTHING,
     REFUSALS_MAX,
@@ -124,8 +125,10 @@ class Scheduler:
         """
         for key in sandbox_ids:
             reservation = self._reserved.get(key)
-            if reservation is not None:
-                self._release(key, reservation)
+            if reservation is None:
+                continue
+            self._release(key, reservation)
+            if reservation.entry is not None:
                 self._waiting.add(reservation.entry, reservation.shape)
 
     def forget_all(self, command: AssignSandboxes) -> None:
@@ -183,6 +186,32 @@ class Scheduler:
             return None
         return AssignSandboxes(tuple(placements), explanations)
 
+    def decide_ahead(self, creates: Sequence[CreateSandbox]) -> AssignSandboxes | None:
+        """Place sandboxes that are about to be created, for the same entry of the log.
+
+        Whose turn comes only after others that wait, and who finds no node, is left to `decide`.
+        Each placement is reserved as there; of one whose sandbox was not created, `forget` keeps
+        nothing.
+        """
+        if self._waiting.first() is not None or (self._gained and len(self._waiting)):
+            return None
+        queues: dict[Shape, ShapeQueue | None] = {}
+        placements: list[Placement] = []
+        for create in sorted(creates, key=_most_important_first):
+            shape = shape_of(create.spec)
+            if shape not in queues:
+                queues[shape] = None if self._waiting.holds(shape) else ShapeQueue(shape)
+            queue = queues[shape]
+            view = None if queue is None else self._choose(queue)
+            if queue is None or view is None:
+                queues[shape] = None
+                continue
+            key = create.sandbox_id
+            placements.append(Placement(key, GENERATION_FIRST, view.row.id))
+            view.take(queue.held, 1)
+            self._reserved[key] = Reservation(view.row.id, queue.held, shape, None)
+        return AssignSandboxes(tuple(placements)) if placements else None
+
     def next_ms(self, now_ms: int) -> int | None:
         """Return when `decide` may have something new if no event comes; None: never."""
         if self._gained and len(self._waiting):
@@ -210,6 +239,8 @@ class Scheduler:
         if row.state is SandboxState.PENDING:
             if reservation is None:
                 self._waiting.add(entry_of(row), shape_of(row.spec))
+            elif reservation.entry is None:
+                self._reserved[row.id] = reservation._replace(entry=entry_of(row))
             return
         self._waiting.remove(row.id)
         if reservation is not None:
@@ -345,6 +376,10 @@ class Scheduler:
             for view in (full + unsuitable + closed)[:REFUSALS_MAX]
         )
         return f"waits for a node: of {len(self._nodes)}, {counts or 'none refuses'}", refusals
+
+
+def _most_important_first(create: CreateSandbox) -> int:
+    return -create.spec.priority
 
 
 def _nearest_first(view: NodeView) -> tuple[float, str]:

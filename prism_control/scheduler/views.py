@@ -178,12 +178,17 @@ class NodeView:
 
 
 class Reservation(NamedTuple):
-    """A decision that is not committed yet."""
+    """A decision that is not committed yet.
+
+    Attributes:
+        entry: The sandbox's place in the queue if the decision is void; None: there is no sandbox,
+            it is created in the entry that carries the decision.
+    """
 
     node_id: str
     held: Amounts
     shape: Shape
-    entry: Entry
+    entry: Entry | None
 
 
 def _mib(size: int) -> str:

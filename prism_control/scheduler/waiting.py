@@ -98,6 +98,10 @@ class Waiting:
         """Return the shapes that have members."""
         return list(self._shapes.values())
 
+    def holds(self, shape: Shape) -> bool:
+        """Whether any of a shape waits."""
+        return shape in self._shapes
+
     def add(self, entry: Entry, shape: Shape) -> None:
         """Let a PENDING sandbox wait; once more does nothing."""
         key = entry[3]

@@ -215,6 +215,10 @@ class SandboxRow(Struct, frozen=True, array_like=True, gc=False):
     placement: tuple[PlacementRefusal, ...] = ()
 
 
+#: Of a sandbox that was never moved.
+GENERATION_FIRST: Final = 1
+
+
 def new_sandbox(sandbox_id: str, name: str, spec: Spec, now_ms: int, revision: int) -> SandboxRow:
     """Return the row of a sandbox that is created now, as this revision."""
     return SandboxRow(
@@ -223,7 +227,7 @@ def new_sandbox(sandbox_id: str, name: str, spec: Spec, now_ms: int, revision: i
         spec,
         SandboxState.PENDING,
         DesiredState.RUNNING,
-        1,
+        GENERATION_FIRST,
         revision,
         revision,
         now_ms,

@@ -52,7 +52,7 @@ def _creates_are_answered_before_commit(original: Any) -> Callable[..., Any]:
         for batch in batches:
             known = set(self._pending)
             original(self, [batch])
-            if not all(isinstance(item, CreateSandbox) for item in decode(batch.data).items):
+            if not isinstance(decode(batch.data).items[0], CreateSandbox):
                 continue
             for index in set(self._pending) - known:
                 view = cast("Replica", self._machine).machine.snapshot_view()

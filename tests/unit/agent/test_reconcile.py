@@ -1,11 +1,11 @@
 """The reconciler: what is done so that what runs becomes what was assigned."""
 
 import itertools
-from dataclasses import replace
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from msgspec.structs import replace
 
 from prism_agent.reconcile import (
     BUSY,

@@ -1,18 +1,26 @@
 """From requests to entries: when they share one, and whose turn it is."""
 
 import asyncio
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 
 from prism_common.errors import (
     DiskFullError,
+    NoLeaderError,
     QueueFullError,
 )
-from prism_control.request_queue import BatchingSettings
+from prism_control.request_queue import BatchingSettings, Item
 from prism_control.state import commands
-from prism_control.state.commands import DeleteSandbox, StopSandbox
-from prism_control.state.results import Ok, Refused
+from prism_control.state.commands import (
+    AssignSandboxes,
+    Command,
+    DeleteSandbox,
+    Placement,
+    StopSandbox,
+)
+from prism_control.state.results import Assigned, Ok, Refused, Result
 from tests.unit.control.batching import Bench, Clock, as_client, create, names, settle
 
 
@@ -305,6 +313,40 @@ async def test_a_few_who_wait_for_their_answers_go_together_as_soon_as_all_are_t
         bench.commit(batches)
         await asyncio.gather(*tasks)
         clock.now += 0.002
+
+
+async def test_what_the_leader_adds_to_creates_is_applied_after_them_and_answered(
+    clock: Clock,
+) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    asked: list[Sequence[Command]] = []
+    added: list[asyncio.Future[Result]] = []
+
+    def accompany(creates: Sequence[Command]) -> list[Item]:
+        asked.append(creates)
+        added.append(asyncio.get_running_loop().create_future())
+        return [Item(AssignSandboxes((Placement("s0", 1, "nobody"),)), 64, [added[-1]])]
+
+    bench.batcher.accompany = accompany
+    made = [bench.submit(create(f"s{number}")) for number in range(60)]
+    stop = bench.submit(StopSandbox("", b"f", "s1", 0))
+    await settle()
+    batches = bench.batcher.take()
+    assert [len(commands.decode(batch.data).items) for batch in batches] == [1, 61]
+    bench.commit(batches)
+    await asyncio.gather(*made)
+    assert await added[0] == Assigned(("s0",))
+    assert [len(creates) for creates in asked] == [60]
+    assert isinstance(await stop, Refused)  # it went in an entry before
+    clock.now += 1.0
+    last = bench.submit(create("last"))
+    await settle()
+    for batch in bench.batcher.take():
+        batch.fail(NoLeaderError("lost"))
+    with pytest.raises(NoLeaderError):
+        await added[1]
+    with pytest.raises(NoLeaderError):
+        await last
 
 
 async def test_a_client_with_much_waiting_delays_another_by_a_batch_at_most(clock: Clock) -> None:

@@ -323,6 +323,87 @@ def test_void_decisions_are_made_again():
     leader.check()
 
 
+def ahead(leader: Leader, *creates: c.CreateSandbox) -> dict[str, str]:
+    """Create in one entry with what is decided on it; return who was placed there."""
+    decision = leader.scheduler.decide_ahead(creates) or c.AssignSandboxes()
+    (*_, result) = leader.run(*creates, decision)
+    leader.scheduler.forget(result.refused)
+    assert leader.scheduler.reserved_count == 0
+    leader.check()
+    return {
+        one.sandbox_id: one.node_id
+        for one in decision.placements
+        if one.sandbox_id not in result.refused
+    }
+
+
+def test_what_is_created_is_placed_in_the_same_entry():
+    leader = Leader()
+    leader.run(register("n1"), register("n2"))
+    assert set(ahead(leader, create("s1"), create("s2"))) == {"s1", "s2"}
+    states = {row.state for row in leader.driver.machine.sandboxes()}
+    assert states == {SandboxState.SCHEDULED}
+    assert leader.step() == c.AssignSandboxes()
+
+
+def test_room_of_a_create_that_is_refused_is_given_back():
+    leader = Leader()
+    leader.run(register())
+    assert ahead(leader, create("s1", name="one"), create("s2", name="one")) == {"s1": "n1"}
+    assert leader.scheduler.waiting_count == 0
+
+
+def test_what_was_created_and_could_not_be_placed_waits():
+    leader = Leader()
+    leader.run(register())
+    creates = [create("s1"), create("s2")]
+    decision = leader.scheduler.decide_ahead(creates)
+    leader.run(c.CordonNode("n1", True))
+    (*_, result) = leader.run(*creates, decision)
+    leader.scheduler.forget(result.refused)
+    assert leader.scheduler.waiting_count == 2
+    leader.run(c.CordonNode("n1", False))
+    assert leader.placed() == {"s1": "n1", "s2": "n1"}
+    leader.check()
+
+
+def test_nothing_is_kept_of_an_entry_that_was_not_proposed():
+    leader = Leader()
+    leader.run(register())
+    decision = leader.scheduler.decide_ahead([create("s1"), create("s2")])
+    assert leader.scheduler.reserved_count == 2
+    leader.scheduler.forget_all(decision)
+    assert (leader.scheduler.reserved_count, leader.scheduler.waiting_count) == (0, 0)
+    leader.check()
+
+
+def test_who_waits_is_not_overtaken_by_who_is_created():
+    leader = Leader()
+    leader.run(register("n1", capacity=Amounts(1000, 10**9, 10**10, 10)))
+    leader.run(create("first", cpu_millicores=100))
+    assert ahead(leader, create("s1", cpu_millicores=100)) == {}
+    assert set(leader.placed()) == {"first", "s1"}
+    # A shape that waits for room keeps its order; another, which has room, need not wait for it.
+    leader.run(create("large", cpu_millicores=900))
+    leader.step()
+    assert leader.scheduler.waiting_count == 1
+    late = [create("late", cpu_millicores=900), create("small", cpu_millicores=100)]
+    assert ahead(leader, *late) == {"small": "n1"}
+    for key in ("first", "s1"):
+        leader.run(c.DeleteSandbox("", b"", key))
+        leader.report(ObservedState.DELETED, key)
+    # There is room now that those who wait have not been asked about.
+    assert ahead(leader, create("s3", cpu_millicores=100)) == {}
+
+
+def test_what_matters_most_is_placed_first_where_room_is_short():
+    leader = Leader()
+    leader.run(register("n1", capacity=Amounts(10_000, 10**10, 10**10, 2)))
+    creates = [create(f"s{priority}", priority=priority) for priority in (0, 2, 1)]
+    assert set(ahead(leader, *creates)) == {"s2", "s1"}
+    assert leader.scheduler.waiting_count == 1
+
+
 def test_a_sandbox_that_is_deleted_while_decided_gives_its_room_back():
     leader = Leader()
     leader.run(register(), create("s1"))

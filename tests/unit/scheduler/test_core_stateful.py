@@ -94,6 +94,35 @@ class Scheduling(RuleBasedStateMachine):
                 )
             )
 
+    @rule(
+        count=st.integers(1, 4),
+        cpu=st.sampled_from([100, 500]),
+        priority=st.integers(-1, 1),
+        repeated=st.booleans(),
+        is_proposed=st.booleans(),
+        cordoned=st.none() | NODE,
+    )
+    def create_and_place(self, count, cpu, priority, repeated, is_proposed, cordoned) -> None:
+        """In one entry of the log, before which another may come."""
+        names = [f"s{self.made + number + 1}" for number in range(count)]
+        self.made += count
+        if repeated:  # a name that is taken: the create is refused
+            names.append(names[0])
+        creates = [
+            create(f"{name}-{number}", name=name, cpu_millicores=cpu, priority=priority)
+            for number, name in enumerate(names)
+        ]
+        decision = self.scheduler.decide_ahead(creates)
+        if cordoned is not None:
+            self._run(c.CordonNode(cordoned, True))
+        if decision is None:
+            self._run(*creates)
+        elif is_proposed:
+            (*_, result) = self._run(*creates, decision)
+            self.scheduler.forget(result.refused)
+        else:
+            self.scheduler.forget_all(decision)
+
     @rule(after_ms=st.sampled_from([0, 100, 1000, 40_000]), limit=st.integers(1, 6))
     def decide(self, after_ms: int, limit: int) -> None:
         self.now_ms += after_ms
