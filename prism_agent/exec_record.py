@@ -64,6 +64,7 @@ class Exec:
 
     def __init__(self, room: OutputRoom, record: ExecRecord) -> None:
         self.record = record
+        self._room = room
         #: Its output.
         self.ring_path = room.ring(record.number)
         #: Its record.
@@ -133,9 +134,8 @@ class Exec:
         if self.header is not None and self.header.state is State.DRAINED:
             # Only background children add to it now, and how it ended is final.
             return self.header
-        try:
-            ring = Ring.open(self.ring_path)
-        except FileNotFoundError:
+        ring = self.open_ring()
+        if ring is None:
             return self.header
         try:
             header = ring.header()
@@ -153,6 +153,16 @@ class Exec:
         finally:
             ring.close()
         return self.header
+
+    def open_ring(self) -> Ring | None:
+        """Open its output, wherever that is by now; None: it was given up."""
+        with contextlib.suppress(FileNotFoundError):
+            return Ring.open(self.ring_path)
+        # Another thread takes it out of memory just now, or has done so.
+        self.ring_path = self._room.ring(self.record.number)
+        with contextlib.suppress(FileNotFoundError):
+            return Ring.open(self.ring_path)
+        return None
 
     def disk_bytes(self) -> int:
         """Return what its output takes on disk; 0: it was given up."""

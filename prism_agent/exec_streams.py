@@ -25,10 +25,7 @@ async def follow(
     Raises:
         SandboxGoneError: The sandbox ended first: there is no exit status.
     """
-    try:
-        ring = Ring.open(each.ring_path)
-    except FileNotFoundError:
-        ring = None
+    ring = each.open_ring()
     token = object()
     try:
         if ring is not None:
@@ -42,7 +39,7 @@ async def follow(
                     # taken over the sandbox's own kernel can make that endless.
                     await asyncio.sleep(0)
         status = each.exit()
-        if status is None and ring is None:
+        if status is None and ring is None and not each.lost:
             raise NotFoundError("what came of the exec is no longer kept", field="exec_id")
         if status is None:
             raise SandboxGoneError("the sandbox ended before the exec did")
@@ -115,9 +112,8 @@ async def _new_logs(
     each: Exec, since_s: float, offsets: dict[str, int]
 ) -> AsyncIterator[sandbox_pb2.StreamLogsResponse]:
     exec_id = each.record.exec_id
-    try:
-        ring = Ring.open(each.ring_path)
-    except FileNotFoundError:
+    ring = each.open_ring()
+    if ring is None:
         return
     each.log_readers += 1
     try:

@@ -95,7 +95,8 @@ class LeaderMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.placements = Counter(
             "prism_scheduler_placements_total",
-            "Placements decided, by what became of them: committed or refused.",
+            "Placements decided, by what became of them: committed, or refused since the node or "
+            "the sandbox was another by then, or was not created at all.",
             ("result",),
             registry=registry,
         )

@@ -56,34 +56,47 @@ def wall_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-class _Decided:
-    """The scheduler's decisions that were proposed, as who waits for what becomes of them."""
+class _DecidedAhead:
+    """Decisions on an entry's creates, as who waits for what becomes of the entry.
+
+    Args:
+        left: How many of the creates were not placed.
+        settle: Told of a result.
+        wake: Has the scheduler decide anew.
+    """
 
     def __init__(
-        self, scheduler: Scheduler, command: AssignSandboxes, metrics: LeaderMetrics
+        self,
+        scheduler: Scheduler,
+        command: AssignSandboxes,
+        left: int,
+        settle: Callable[[Scheduler, AssignSandboxes, Result], None],
+        wake: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._command = command
-        self._metrics = metrics
-        #: About what they take in the log, in bytes.
-        self.size = 64 * len(command.placements) + _COMMAND_BYTES
+        self._left = left
+        self._settle = settle
+        self._wake = wake
 
     def done(self) -> bool:
         """It waits to the end."""
         return False
 
     def set_result(self, result: Result) -> None:
-        """Have the scheduler decide anew on those that are void."""
-        if isinstance(result, Assigned):
-            self._scheduler.forget(result.refused)
-            self._metrics.placements.labels("refused").inc(len(result.refused))
-            committed = len(self._command.placements) - len(result.refused)
-            self._metrics.placements.labels("committed").inc(committed)
+        """Have it decide anew on those that are void."""
+        self._settle(self._scheduler, self._command, result)
+        self._end()
 
     def set_exception(self, error: Exception) -> None:
-        """Have it decide anew on all."""
-        logger.warning("placements were not committed: %s", error)
+        """Give all room back; the creates' callers are told why."""
         self._scheduler.forget_all(self._command)
+        self._end()
+
+    def _end(self) -> None:
+        self._scheduler.end_ahead(self._left)
+        # Others may wait for the room of what was not created, and no event says that it is free.
+        self._wake()
 
 
 class Leadership:
@@ -215,23 +228,31 @@ class Leadership:
             return
 
     async def _propose_placements(self, scheduler: Scheduler, command: AssignSandboxes) -> None:
-        decided = _Decided(scheduler, command, self._metrics)
         try:
-            result = await self._batcher.submit(command, decided.size)
+            result = await self._batcher.submit(command, 64 * len(command.placements) + 256)
         except PrismError as error:
-            decided.set_exception(error)
+            logger.warning("placements were not committed: %s", error)
+            scheduler.forget_all(command)
             await _pause(error)
-        else:
-            decided.set_result(result)
+            return
+        self._settle(scheduler, command, result)
+
+    def _settle(self, scheduler: Scheduler, command: AssignSandboxes, result: Result) -> None:
+        """Have the scheduler decide anew on what was void when it was applied."""
+        if isinstance(result, Assigned):
+            scheduler.forget(result.refused)
+            self._metrics.placements.labels("refused").inc(len(result.refused))
+            committed = len(command.placements) - len(result.refused)
+            self._metrics.placements.labels("committed").inc(committed)
 
     def _place_ahead(self, scheduler: Scheduler, commands: Sequence[Command]) -> Sequence[Item]:
         """Place sandboxes in the entry that creates them: that saves one, and its round."""
         creates = [command for command in commands if isinstance(command, CreateSandbox)]
         command = scheduler.decide_ahead(creates)
-        if command is None:
-            return ()
-        decided = _Decided(scheduler, command, self._metrics)
-        return (Item(command, decided.size, [decided]),)
+        left = len(creates) - len(command.placements)
+        wake = self._placeable.notify
+        decided = _DecidedAhead(scheduler, command, left, self._settle, wake)
+        return (Item(command, _COMMAND_BYTES, [decided]),)
 
     async def _watch(self, liveness: Liveness, deadlines: Deadlines) -> None:
         """Propose what silence, deadlines and drains ask for."""

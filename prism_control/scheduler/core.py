@@ -50,6 +50,9 @@ _EXPLAIN_PASS_MS: Final = 500
 #: is tried when its patience is over.
 _UNPARK_CHECKS_MAX: Final = 50_000
 
+#: Shapes in an entry of creates that are tried at once: each may look at all nodes.
+_AHEAD_SHAPES_MAX: Final = 32
+
 #: Nodes by what they must have, whatever their room.
 _Class: TypeAlias = tuple[str, Pairs]
 
@@ -79,6 +82,8 @@ class Scheduler:
         #: Decisions by sandbox that no event has confirmed yet.
         self._reserved: dict[str, Reservation] = {}
         self._waiting = Waiting()
+        #: Creates in entries that are not applied yet, and were not placed there.
+        self._left_ahead = 0
         #: Open nodes that suit a runtime and node_selector; emptied when nodes change.
         self._suitable: dict[_Class, list[NodeView]] = {}
         #: Changes when any node gains room.
@@ -186,31 +191,41 @@ class Scheduler:
             return None
         return AssignSandboxes(tuple(placements), explanations)
 
-    def decide_ahead(self, creates: Sequence[CreateSandbox]) -> AssignSandboxes | None:
+    def decide_ahead(self, creates: Sequence[CreateSandbox]) -> AssignSandboxes:
         """Place sandboxes that are about to be created, for the same entry of the log.
 
-        Whose turn comes only after others that wait, and who finds no node, is left to `decide`.
-        Each placement is reserved as there; of one whose sandbox was not created, `forget` keeps
-        nothing.
+        Whose turn comes only after others, and who finds no node, is left to `decide`, and nobody
+        created later is placed ahead until `end_ahead`. Each placement is reserved as there; of one
+        whose sandbox was not created, `forget` keeps nothing.
         """
-        if self._waiting.first() is not None or (self._gained and len(self._waiting)):
-            return None
-        queues: dict[Shape, ShapeQueue | None] = {}
         placements: list[Placement] = []
-        for create in sorted(creates, key=_most_important_first):
-            shape = shape_of(create.spec)
-            if shape not in queues:
-                queues[shape] = None if self._waiting.holds(shape) else ShapeQueue(shape)
-            queue = queues[shape]
-            view = None if queue is None else self._choose(queue)
-            if queue is None or view is None:
-                queues[shape] = None
-                continue
-            key = create.sandbox_id
-            placements.append(Placement(key, GENERATION_FIRST, view.row.id))
-            view.take(queue.held, 1)
-            self._reserved[key] = Reservation(view.row.id, queue.held, shape, None)
-        return AssignSandboxes(tuple(placements)) if placements else None
+        if not self._is_anyone_first():
+            queues: dict[Shape, ShapeQueue | None] = {}
+            for create in sorted(creates, key=_most_important_first):
+                shape, key = shape_of(create.spec), create.sandbox_id
+                if shape not in queues:
+                    tried = len(queues) < _AHEAD_SHAPES_MAX and not self._waiting.holds(shape)
+                    queues[shape] = ShapeQueue(shape) if tried else None
+                queue = queues[shape]
+                view = None if queue is None else self._choose(queue)
+                if queue is None or view is None or key in self._reserved:
+                    queues[shape] = None
+                    continue
+                placements.append(Placement(key, GENERATION_FIRST, view.row.id))
+                view.take(queue.held, 1)
+                self._reserved[key] = Reservation(view.row.id, queue.held, shape, None)
+        self._left_ahead += len(creates) - len(placements)
+        return AssignSandboxes(tuple(placements))
+
+    def end_ahead(self, left: int) -> None:
+        """Take note that an entry is applied, or not proposed, of which so many were not placed."""
+        self._left_ahead -= left
+
+    def _is_anyone_first(self) -> bool:
+        """Whether others may have a claim to the room that there is."""
+        if self._left_ahead or self._waiting.first() is not None:
+            return True
+        return bool(self._gained) and len(self._waiting) > 0
 
     def next_ms(self, now_ms: int) -> int | None:
         """Return when `decide` may have something new if no event comes; None: never."""

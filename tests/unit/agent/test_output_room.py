@@ -8,6 +8,8 @@ import pytest
 from prism.sandbox.v1 import sandbox_pb2
 
 from prism_agent import limits
+from prism_agent.exec_record import Exec, ExecRecord
+from prism_agent.output_move import move_rings
 from prism_agent.output_room import MEMORY, OutputRoom, memory_bytes
 from prism_agent.runtime import host
 from prism_agent.supervisor.protocol import RING_BYTES_MIN, RING_HEADER_BYTES
@@ -85,3 +87,30 @@ def test_what_fails_keeps_its_newest_output_on_the_disk_and_no_memory(
     room.look()
     assert room.ring(2) == tmp_path / "2.ring"
     assert room.ring(13) == tmp_path / MEMORY / "13.ring"
+
+
+def test_output_is_found_while_it_is_taken_out_of_memory(tmp_path: Path) -> None:
+    """Another thread does so, and tells only when it is done."""
+    (tmp_path / MEMORY).mkdir()
+    room = OutputRoom(tmp_path)
+    record = ExecRecord(
+        exec_id="ex-1",
+        number=1,
+        request_id="rq",
+        digest="",
+        argv=["true"],
+        start_time_s=1.0,
+        oom_kills=0,
+        stdin=False,
+    )
+    each = Exec(room, record)
+    in_memory = each.ring_path
+    Ring.create(in_memory).close()
+    move_rings(room.directory, tmp_path)
+    in_memory.unlink()
+    ring = each.open_ring()
+    assert ring is not None
+    ring.close()
+    assert each.ring_path == tmp_path / "1.ring"
+    each.ring_path.unlink()
+    assert each.open_ring() is None

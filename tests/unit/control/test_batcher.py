@@ -315,6 +315,27 @@ async def test_a_few_who_wait_for_their_answers_go_together_as_soon_as_all_are_t
         clock.now += 0.002
 
 
+async def test_who_waits_for_a_delete_is_not_waited_for(clock: Clock) -> None:
+    bench = Bench(BatchingSettings(threshold=0))
+    for command in (create, lambda name: DeleteSandbox("", b"f", name)):
+        first = [bench.submit(command(f"a{n}")) for n in range(30)]
+        await settle()
+        clock.now += 0.05
+        bench.commit(bench.batcher.take())
+        await asyncio.gather(*first)
+    bench.batcher._load.add(1000, clock.now)  # it goes on like this
+    creates = [bench.submit(create(f"t{n}")) for n in range(15)]
+    await settle()
+    assert bench.batcher.take() == []
+    with as_client("another"):
+        deletes = [bench.submit(DeleteSandbox("", b"f", f"b{n}")) for n in range(15)]
+    await settle()
+    batches = bench.batcher.take()
+    assert [len(batch) for batch in names(batches)] == [15, 15]
+    bench.commit(batches)
+    await asyncio.gather(*creates, *deletes)
+
+
 async def test_what_the_leader_adds_to_creates_is_applied_after_them_and_answered(
     clock: Clock,
 ) -> None:

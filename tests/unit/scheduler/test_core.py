@@ -325,9 +325,10 @@ def test_void_decisions_are_made_again():
 
 def ahead(leader: Leader, *creates: c.CreateSandbox) -> dict[str, str]:
     """Create in one entry with what is decided on it; return who was placed there."""
-    decision = leader.scheduler.decide_ahead(creates) or c.AssignSandboxes()
+    decision = leader.scheduler.decide_ahead(creates)
     (*_, result) = leader.run(*creates, decision)
     leader.scheduler.forget(result.refused)
+    leader.scheduler.end_ahead(len(creates) - len(decision.placements))
     assert leader.scheduler.reserved_count == 0
     leader.check()
     return {
@@ -394,6 +395,40 @@ def test_who_waits_is_not_overtaken_by_who_is_created():
         leader.report(ObservedState.DELETED, key)
     # There is room now that those who wait have not been asked about.
     assert ahead(leader, create("s3", cpu_millicores=100)) == {}
+
+
+def test_who_was_left_in_an_entry_under_way_is_not_overtaken_either():
+    leader = Leader()
+    leader.run(register("n1", capacity=Amounts(10_000, 10**10, 10**10, 1)))
+    leader.run(create("first"))
+    leader.step()
+    before = leader.scheduler.decide_ahead([create("early", priority=5)])
+    assert before.placements == ()
+    leader.run(c.DeleteSandbox("", b"", "first"))
+    leader.report(ObservedState.DELETED, "first")
+    after = leader.scheduler.decide_ahead([create("late")])
+    assert after.placements == ()
+    leader.run(create("early", priority=5), before)
+    leader.scheduler.end_ahead(1)
+    leader.run(create("late"), after)
+    leader.scheduler.end_ahead(1)
+    assert leader.placed() == {"early": "n1"}
+    leader.check()
+
+
+def test_one_id_is_reserved_once():
+    leader = Leader()
+    leader.run(register("n1"))
+    assert ahead(leader, create("s1"), create("s1", name="again")) == {"s1": "n1"}
+
+
+def test_shapes_that_are_tried_at_once_are_bounded(monkeypatch):
+    monkeypatch.setattr(core, "_AHEAD_SHAPES_MAX", 2)
+    leader = Leader()
+    leader.run(register("n1", capacity=Amounts(10_000, 10**10, 10**10, 10)))
+    creates = [create(f"s{number}", cpu_millicores=100 + number) for number in range(3)]
+    assert set(ahead(leader, *creates)) == {"s0", "s1"}
+    assert set(leader.placed()) == {"s2"}
 
 
 def test_what_matters_most_is_placed_first_where_room_is_short():

@@ -33,7 +33,8 @@ class Scheduling(RuleBasedStateMachine):
         self.strategy = strategy
         self.made = 0
         self.now_ms = 0
-        self.waiting_proposals: list[c.AssignSandboxes] = []
+        #: Entries under way: creates, and what was decided on them or on who waits.
+        self.waiting_proposals: list[tuple[list[c.CreateSandbox], c.AssignSandboxes]] = []
         self._take_over()
 
     def _take_over(self) -> None:
@@ -99,11 +100,9 @@ class Scheduling(RuleBasedStateMachine):
         cpu=st.sampled_from([100, 500]),
         priority=st.integers(-1, 1),
         repeated=st.booleans(),
-        is_proposed=st.booleans(),
-        cordoned=st.none() | NODE,
     )
-    def create_and_place(self, count, cpu, priority, repeated, is_proposed, cordoned) -> None:
-        """In one entry of the log, before which another may come."""
+    def create_and_place(self, count, cpu, priority, repeated) -> None:
+        """In one entry of the log, before which others may come."""
         names = [f"s{self.made + number + 1}" for number in range(count)]
         self.made += count
         if repeated:  # a name that is taken: the create is refused
@@ -112,34 +111,27 @@ class Scheduling(RuleBasedStateMachine):
             create(f"{name}-{number}", name=name, cpu_millicores=cpu, priority=priority)
             for number, name in enumerate(names)
         ]
-        decision = self.scheduler.decide_ahead(creates)
-        if cordoned is not None:
-            self._run(c.CordonNode(cordoned, True))
-        if decision is None:
-            self._run(*creates)
-        elif is_proposed:
-            (*_, result) = self._run(*creates, decision)
-            self.scheduler.forget(result.refused)
-        else:
-            self.scheduler.forget_all(decision)
+        self.waiting_proposals.append((creates, self.scheduler.decide_ahead(creates)))
 
     @rule(after_ms=st.sampled_from([0, 100, 1000, 40_000]), limit=st.integers(1, 6))
     def decide(self, after_ms: int, limit: int) -> None:
         self.now_ms += after_ms
         decision = self.scheduler.decide(self.now_ms, limit)
         if decision is not None:
-            self.waiting_proposals.append(decision)
+            self.waiting_proposals.append(([], decision))
 
     @rule(proposed=st.booleans())
     def commit(self, proposed: bool) -> None:
         if not self.waiting_proposals:
             return
-        decision = self.waiting_proposals.pop(0)
-        if not proposed:
-            self.scheduler.forget(one.sandbox_id for one in decision.placements)
-            return
-        (result,) = self._run(decision)
-        self.scheduler.forget(result.refused)
+        creates, decision = self.waiting_proposals.pop(0)
+        if proposed:
+            (*_, result) = self._run(*creates, decision)
+            self.scheduler.forget(result.refused)
+        else:
+            self.scheduler.forget_all(decision)
+        if creates:
+            self.scheduler.end_ahead(len(creates) - len(decision.placements))
 
     @rule()
     def fresh_decisions_are_never_void(self) -> None:
@@ -206,6 +198,12 @@ class Scheduling(RuleBasedStateMachine):
         assert {key: free(view) for key, view in ours.items()} == {
             key: free(view) for key, view in fresh._nodes.items()
         }
+        left = sum(
+            len(creates) - len(decision.placements)
+            for creates, decision in self.waiting_proposals
+            if creates
+        )
+        assert self.scheduler._left_ahead == left
         pending = {row.id for row in self.driver.machine.pending()}
         assert set(self.scheduler._waiting._members) == pending - set(self.scheduler._reserved)
 
