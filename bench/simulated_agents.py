@@ -30,6 +30,7 @@ from prism_agent.reports import ReportQueue
 from prism_agent.runtime.fake import MESSAGE, FakeRuntime
 from prism_agent.sandboxes import Sandboxes
 from prism_agent.session import NodeIdentity, Session
+from prism_common import descriptors
 
 AGENTS_MAX = 2000
 #: A fake start takes no time, so it needs no bound that keeps others fast.
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--prefix", default="simulated", help="names are PREFIX-0000 and so on")
     parser.add_argument("--data-dir", type=Path, help="default: a directory removed at the end")
     arguments = parser.parse_args()
+    descriptors.allow_most()
     if not 1 <= arguments.agents <= AGENTS_MAX:
         parser.error(f"--agents: {arguments.agents} is not 1 to {AGENTS_MAX}")
     gc.set_threshold(*GC_THRESHOLDS)

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from prism_common import __version__, log
+from prism_common import __version__, descriptors, log
 from prism_common.errors import InvalidArgumentError, PrismError
 
 ENV_PREFIX: Final = "PRISM"
@@ -101,6 +101,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> int:
         0: stopped as asked. 1: could not start or go on. 2: the flags are wrong.
     """
     name = command.name or "prism"
+    descriptors.allow_most()
     try:
         result = command.main(
             args=list(argv) if argv is not None else None,
