@@ -4,7 +4,8 @@
 
 Three control nodes and 20 simulated agents, each a process of its own; this one is the load. After
 every load the leader is killed with SIGKILL, and what was acknowledged must be in the next one's
-list, once.
+list, once. Each round has a cluster of its own: control nodes remember request ids for a day, and
+those of the rounds before would be measured as memory of this one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from bench.local import LocalTarget, running
 from bench.part import Results, leave_on_signals, parser
 from prism_cli.bench import load
 from prism_cli.bench.figures import Outcome
-from prism_cli.bench.runner import run_workloads
+from prism_cli.bench.runner import run_round
 from prism_cli.bench.workloads import CONTROL, Size, Workload
 from tests.integration import harness
 
@@ -27,12 +28,12 @@ QUICK = Size(seconds=3.0, count=1000)
 
 
 async def measure(
-    cluster: harness.Cluster, chosen: list[Workload], rounds: int, size: Size, results: Results
-) -> list[Outcome]:
-    """Run the rounds of all."""
+    cluster: harness.Cluster, chosen: list[Workload], label: str, size: Size, results: Results
+) -> None:
+    """Run one round of all."""
     async with LocalTarget(cluster, TIMEOUT_S) as target:
         try:
-            return await run_workloads(target, chosen, rounds, size, results.keep)
+            await run_round(target, chosen, results.outcomes, label, size, results.keep)
         finally:
             await target.remove_run()
 
@@ -55,8 +56,10 @@ def main() -> int:
     size = dataclasses.replace(size, processes=arguments.processes)
     outcomes = [Outcome(each.name, each.summary, each.bars) for each in chosen]
     results = Results(arguments, outcomes)
-    with running(arguments.agents) as (cluster, _):
-        load.run(measure(cluster, chosen, arguments.rounds, size, results))
+    for number in range(arguments.rounds):
+        label = f"round {number + 1} of {arguments.rounds}"
+        with running(arguments.agents) as (cluster, _):
+            load.run(measure(cluster, chosen, label, size, results))
     return results.finish()
 
 

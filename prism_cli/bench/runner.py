@@ -27,19 +27,31 @@ async def run_workloads(
     """
     outcomes = [Outcome(each.name, each.summary, each.bars) for each in chosen]
     for number in range(rounds):
-        for workload, outcome in zip(chosen, outcomes, strict=True):
-            if outcome.skipped:
-                continue
-            sys.stderr.write(f"round {number + 1} of {rounds}: {workload.name} … ")
-            sys.stderr.flush()
-            started = time.monotonic()
-            await _run_round(target, workload, size, outcome)
-            sys.stderr.write(f"{time.monotonic() - started:.1f} s{_trouble(outcome)}\n")
-            keep(outcomes)
+        await run_round(target, chosen, outcomes, f"round {number + 1} of {rounds}", size, keep)
     return outcomes
 
 
-async def _run_round(target: Target, workload: Workload, size: Size, outcome: Outcome) -> None:
+async def run_round(
+    target: Target,
+    chosen: Sequence[Workload],
+    outcomes: Sequence[Outcome],
+    label: str,
+    size: Size,
+    keep: Keep,
+) -> None:
+    """Run one round of all, and add what is found to their outcomes."""
+    for workload, outcome in zip(chosen, outcomes, strict=True):
+        if outcome.skipped:
+            continue
+        sys.stderr.write(f"{label}: {workload.name} … ")
+        sys.stderr.flush()
+        started = time.monotonic()
+        await _run_one(target, workload, size, outcome)
+        sys.stderr.write(f"{time.monotonic() - started:.1f} s{_trouble(outcome)}\n")
+        keep(outcomes)
+
+
+async def _run_one(target: Target, workload: Workload, size: Size, outcome: Outcome) -> None:
     load = os.getloadavg()[0]
     try:
         await target.find()
