@@ -60,7 +60,7 @@ class _DecidedAhead:
     """Decisions on an entry's creates, as who waits for what becomes of the entry.
 
     Args:
-        left: How many of the creates were not placed.
+        in_vain: How many of the creates found no node.
         settle: Told of a result.
         wake: Has the scheduler decide anew.
     """
@@ -69,13 +69,13 @@ class _DecidedAhead:
         self,
         scheduler: Scheduler,
         command: AssignSandboxes,
-        left: int,
+        in_vain: int,
         settle: Callable[[Scheduler, AssignSandboxes, Result], None],
         wake: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._command = command
-        self._left = left
+        self._in_vain = in_vain
         self._settle = settle
         self._wake = wake
 
@@ -94,7 +94,7 @@ class _DecidedAhead:
         self._end()
 
     def _end(self) -> None:
-        self._scheduler.end_ahead(self._left)
+        self._scheduler.end_ahead(self._in_vain)
         # Others may wait for the room of what was not created, and no event says that it is free.
         self._wake()
 
@@ -248,10 +248,11 @@ class Leadership:
     def _place_ahead(self, scheduler: Scheduler, commands: Sequence[Command]) -> Sequence[Item]:
         """Place sandboxes in the entry that creates them: that saves one, and its round."""
         creates = [command for command in commands if isinstance(command, CreateSandbox)]
-        command = scheduler.decide_ahead(creates)
-        left = len(creates) - len(command.placements)
+        command, in_vain = scheduler.decide_ahead(creates)
+        if not command.placements and not in_vain:
+            return ()
         wake = self._placeable.notify
-        decided = _DecidedAhead(scheduler, command, left, self._settle, wake)
+        decided = _DecidedAhead(scheduler, command, in_vain, self._settle, wake)
         return (Item(command, _COMMAND_BYTES, [decided]),)
 
     async def _watch(self, liveness: Liveness, deadlines: Deadlines) -> None:

@@ -82,8 +82,8 @@ class Scheduler:
         #: Decisions by sandbox that no event has confirmed yet.
         self._reserved: dict[str, Reservation] = {}
         self._waiting = Waiting()
-        #: Creates in entries that are not applied yet, and were not placed there.
-        self._left_ahead = 0
+        #: Creates in entries that are not applied yet for which there was no node.
+        self._in_vain = 0
         #: Open nodes that suit a runtime and node_selector; emptied when nodes change.
         self._suitable: dict[_Class, list[NodeView]] = {}
         #: Changes when any node gains room.
@@ -191,39 +191,47 @@ class Scheduler:
             return None
         return AssignSandboxes(tuple(placements), explanations)
 
-    def decide_ahead(self, creates: Sequence[CreateSandbox]) -> AssignSandboxes:
+    def decide_ahead(self, creates: Sequence[CreateSandbox]) -> tuple[AssignSandboxes, int]:
         """Place sandboxes that are about to be created, for the same entry of the log.
 
-        Whose turn comes only after others, and who finds no node, is left to `decide`, and nobody
-        created later is placed ahead until `end_ahead`. Each placement is reserved as there; of one
-        whose sandbox was not created, `forget` keeps nothing.
-        """
-        placements: list[Placement] = []
-        if not self._is_anyone_first():
-            queues: dict[Shape, ShapeQueue | None] = {}
-            for create in sorted(creates, key=_most_important_first):
-                shape, key = shape_of(create.spec), create.sandbox_id
-                if shape not in queues:
-                    tried = len(queues) < _AHEAD_SHAPES_MAX and not self._waiting.holds(shape)
-                    queues[shape] = ShapeQueue(shape) if tried else None
-                queue = queues[shape]
-                view = None if queue is None else self._choose(queue)
-                if queue is None or view is None or key in self._reserved:
-                    queues[shape] = None
-                    continue
-                placements.append(Placement(key, GENERATION_FIRST, view.row.id))
-                view.take(queue.held, 1)
-                self._reserved[key] = Reservation(view.row.id, queue.held, shape, None)
-        self._left_ahead += len(creates) - len(placements)
-        return AssignSandboxes(tuple(placements))
+        Whose turn comes only after others, and who finds no node, is left to `decide`. Each
+        placement is reserved as there; of one whose sandbox was not created, `forget` keeps nothing.
 
-    def end_ahead(self, left: int) -> None:
-        """Take note that an entry is applied, or not proposed, of which so many were not placed."""
-        self._left_ahead -= left
+        Returns:
+            The placements; and how many found no node, for `end_ahead`: until then nobody is placed
+            ahead, since room that comes meanwhile is theirs.
+        """
+        if self._is_anyone_first():
+            return AssignSandboxes(), 0
+        placements: list[Placement] = []
+        queues: dict[Shape, ShapeQueue | None] = {}
+        in_vain = 0
+        for create in sorted(creates, key=_most_important_first):
+            shape, key = shape_of(create.spec), create.sandbox_id
+            if shape not in queues:
+                may_try = len(queues) < _AHEAD_SHAPES_MAX and not self._waiting.holds(shape)
+                queues[shape] = ShapeQueue(shape) if may_try else None
+            queue = queues[shape]
+            if queue is None or key in self._reserved:
+                continue
+            view = self._choose(queue)
+            if view is None:
+                in_vain += 1
+                queues[shape] = None
+                continue
+            placements.append(Placement(key, GENERATION_FIRST, view.row.id))
+            view.take(queue.held, 1)
+            self._reserved[key] = Reservation(view.row.id, queue.held, shape, None)
+        self._in_vain += in_vain
+        return AssignSandboxes(tuple(placements)), in_vain
+
+    def end_ahead(self, in_vain: int) -> None:
+        """Take note that an entry of creates, of which so many found no node, has ended."""
+        self._in_vain -= in_vain
 
     def _is_anyone_first(self) -> bool:
         """Whether others may have a claim to the room that there is."""
-        if self._left_ahead or self._waiting.first() is not None:
+        if self._in_vain or self._waiting.first() is not None:
             return True
         return bool(self._gained) and len(self._waiting) > 0
 

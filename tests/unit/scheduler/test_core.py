@@ -325,10 +325,10 @@ def test_void_decisions_are_made_again():
 
 def ahead(leader: Leader, *creates: c.CreateSandbox) -> dict[str, str]:
     """Create in one entry with what is decided on it; return who was placed there."""
-    decision = leader.scheduler.decide_ahead(creates)
+    decision, in_vain = leader.scheduler.decide_ahead(creates)
     (*_, result) = leader.run(*creates, decision)
     leader.scheduler.forget(result.refused)
-    leader.scheduler.end_ahead(len(creates) - len(decision.placements))
+    leader.scheduler.end_ahead(in_vain)
     assert leader.scheduler.reserved_count == 0
     leader.check()
     return {
@@ -358,7 +358,7 @@ def test_what_was_created_and_could_not_be_placed_waits():
     leader = Leader()
     leader.run(register())
     creates = [create("s1"), create("s2")]
-    decision = leader.scheduler.decide_ahead(creates)
+    decision, _ = leader.scheduler.decide_ahead(creates)
     leader.run(c.CordonNode("n1", True))
     (*_, result) = leader.run(*creates, decision)
     leader.scheduler.forget(result.refused)
@@ -371,7 +371,7 @@ def test_what_was_created_and_could_not_be_placed_waits():
 def test_nothing_is_kept_of_an_entry_that_was_not_proposed():
     leader = Leader()
     leader.run(register())
-    decision = leader.scheduler.decide_ahead([create("s1"), create("s2")])
+    decision, _ = leader.scheduler.decide_ahead([create("s1"), create("s2")])
     assert leader.scheduler.reserved_count == 2
     leader.scheduler.forget_all(decision)
     assert (leader.scheduler.reserved_count, leader.scheduler.waiting_count) == (0, 0)
@@ -397,21 +397,22 @@ def test_who_waits_is_not_overtaken_by_who_is_created():
     assert ahead(leader, create("s3", cpu_millicores=100)) == {}
 
 
-def test_who_was_left_in_an_entry_under_way_is_not_overtaken_either():
+def test_who_found_no_node_in_an_entry_under_way_is_not_overtaken_either():
     leader = Leader()
     leader.run(register("n1", capacity=Amounts(10_000, 10**10, 10**10, 1)))
     leader.run(create("first"))
     leader.step()
-    before = leader.scheduler.decide_ahead([create("early", priority=5)])
-    assert before.placements == ()
+    before, in_vain = leader.scheduler.decide_ahead([create("early", priority=5)])
+    assert (before.placements, in_vain) == ((), 1)
     leader.run(c.DeleteSandbox("", b"", "first"))
     leader.report(ObservedState.DELETED, "first")
-    after = leader.scheduler.decide_ahead([create("late")])
-    assert after.placements == ()
+    after, waits = leader.scheduler.decide_ahead([create("late")])
+    # It has not looked for one: what comes behind it need not wait for it.
+    assert (after.placements, waits) == ((), 0)
     leader.run(create("early", priority=5), before)
-    leader.scheduler.end_ahead(1)
+    leader.scheduler.end_ahead(in_vain)
     leader.run(create("late"), after)
-    leader.scheduler.end_ahead(1)
+    leader.scheduler.end_ahead(waits)
     assert leader.placed() == {"early": "n1"}
     leader.check()
 

@@ -33,8 +33,8 @@ class Scheduling(RuleBasedStateMachine):
         self.strategy = strategy
         self.made = 0
         self.now_ms = 0
-        #: Entries under way: creates, and what was decided on them or on who waits.
-        self.waiting_proposals: list[tuple[list[c.CreateSandbox], c.AssignSandboxes]] = []
+        #: Entries under way: creates, what was decided on them or on who waits, and in vain.
+        self.waiting_proposals: list[tuple[list[c.CreateSandbox], c.AssignSandboxes, int]] = []
         self._take_over()
 
     def _take_over(self) -> None:
@@ -111,27 +111,26 @@ class Scheduling(RuleBasedStateMachine):
             create(f"{name}-{number}", name=name, cpu_millicores=cpu, priority=priority)
             for number, name in enumerate(names)
         ]
-        self.waiting_proposals.append((creates, self.scheduler.decide_ahead(creates)))
+        self.waiting_proposals.append((creates, *self.scheduler.decide_ahead(creates)))
 
     @rule(after_ms=st.sampled_from([0, 100, 1000, 40_000]), limit=st.integers(1, 6))
     def decide(self, after_ms: int, limit: int) -> None:
         self.now_ms += after_ms
         decision = self.scheduler.decide(self.now_ms, limit)
         if decision is not None:
-            self.waiting_proposals.append(([], decision))
+            self.waiting_proposals.append(([], decision, 0))
 
     @rule(proposed=st.booleans())
     def commit(self, proposed: bool) -> None:
         if not self.waiting_proposals:
             return
-        creates, decision = self.waiting_proposals.pop(0)
+        creates, decision, in_vain = self.waiting_proposals.pop(0)
         if proposed:
             (*_, result) = self._run(*creates, decision)
             self.scheduler.forget(result.refused)
         else:
             self.scheduler.forget_all(decision)
-        if creates:
-            self.scheduler.end_ahead(len(creates) - len(decision.placements))
+        self.scheduler.end_ahead(in_vain)
 
     @rule()
     def fresh_decisions_are_never_void(self) -> None:
@@ -198,12 +197,7 @@ class Scheduling(RuleBasedStateMachine):
         assert {key: free(view) for key, view in ours.items()} == {
             key: free(view) for key, view in fresh._nodes.items()
         }
-        left = sum(
-            len(creates) - len(decision.placements)
-            for creates, decision in self.waiting_proposals
-            if creates
-        )
-        assert self.scheduler._left_ahead == left
+        assert self.scheduler._in_vain == sum(each[2] for each in self.waiting_proposals)
         pending = {row.id for row in self.driver.machine.pending()}
         assert set(self.scheduler._waiting._members) == pending - set(self.scheduler._reserved)
 
