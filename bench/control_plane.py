@@ -4,14 +4,15 @@
 
 Three control nodes and 20 simulated agents, each a process of its own; this one is the load. After
 every load the leader is killed with SIGKILL, and what was acknowledged must be in the next one's
-list, once. Each round has a cluster of its own: control nodes remember request ids for a day, and
-those of the rounds before would be measured as memory of this one.
+list, once. Each round has a cluster of its own, and so has what measures memory: control nodes
+remember request ids for a day, and those of other loads would be measured with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Collection
 
 from bench.local import LocalTarget, running
 from bench.part import Results, leave_on_signals, parser
@@ -22,6 +23,8 @@ from prism_cli.bench.workloads import CONTROL, Size, Workload
 from tests.integration import harness
 
 AGENTS = 20
+#: Workloads that measure memory.
+MEMORY = {"state-100k"}
 TIMEOUT_S = 120.0
 #: What --quick leaves of a workload: sandboxes, and seconds of an open loop.
 QUICK = Size(seconds=3.0, count=1000)
@@ -33,9 +36,17 @@ async def measure(
     """Run one round of all."""
     async with LocalTarget(cluster, TIMEOUT_S) as target:
         try:
-            await run_round(target, chosen, results.outcomes, label, size, results.keep)
+            chosen_names = {each.name for each in chosen}
+            outcomes = [each for each in results.outcomes if each.name in chosen_names]
+            await run_round(
+                target, chosen, outcomes, label, size, lambda _: results.keep(results.outcomes)
+            )
         finally:
             await target.remove_run()
+
+
+def _but(workloads: list[Workload], names: Collection[str]) -> list[Workload]:
+    return [each for each in workloads if each.name not in names]
 
 
 def main() -> int:
@@ -58,8 +69,10 @@ def main() -> int:
     results = Results(arguments, outcomes)
     for number in range(arguments.rounds):
         label = f"round {number + 1} of {arguments.rounds}"
-        with running(arguments.agents) as (cluster, _):
-            load.run(measure(cluster, chosen, label, size, results))
+        for part in (_but(chosen, MEMORY), _but(chosen, set(known) - MEMORY)):
+            if part:
+                with running(arguments.agents) as (cluster, _):
+                    load.run(measure(cluster, part, label, size, results))
     return results.finish()
 
 
