@@ -195,7 +195,7 @@ class Scheduler:
         """Place sandboxes that are about to be created, for the same entry of the log.
 
         Whose turn comes only after others, and who finds no node, is left to `decide`. Each
-        placement is reserved as there; of one whose sandbox was not created, `forget` keeps nothing.
+        placement is reserved as there; of one that was not created `forget` keeps nothing.
 
         Returns:
             The placements; and how many found no node, for `end_ahead`: until then nobody is placed
