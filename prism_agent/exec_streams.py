@@ -39,7 +39,7 @@ async def follow(
                     # taken over the sandbox's own kernel can make that endless.
                     await asyncio.sleep(0)
         status = each.exit()
-        if status is None and ring is None and not each.lost:
+        if status is None and ring is None:
             raise NotFoundError("what came of the exec is no longer kept", field="exec_id")
         if status is None:
             raise SandboxGoneError("the sandbox ended before the exec did")
