@@ -62,8 +62,9 @@ def steered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             yield made
         finally:
             for process in agents:
-                process.kill()
-                process.wait()
+                process.terminate()  # killed, it would leave its cgroup for the next one
+            for process in agents:
+                process.wait(WAIT_S)
 
 
 def agent(directory: Path, name: str, made: Cluster) -> subprocess.Popen[bytes]:
