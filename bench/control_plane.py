@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Collection
+from functools import partial
 
 from bench.local import LocalTarget, running
 from bench.part import Results, leave_on_signals, parser
@@ -36,17 +36,12 @@ async def measure(
     """Run one round of all."""
     async with LocalTarget(cluster, TIMEOUT_S) as target:
         try:
-            chosen_names = {each.name for each in chosen}
-            outcomes = [each for each in results.outcomes if each.name in chosen_names]
-            await run_round(
-                target, chosen, outcomes, label, size, lambda _: results.keep(results.outcomes)
-            )
+            named = {outcome.name: outcome for outcome in results.outcomes}
+            outcomes = [named[each.name] for each in chosen]
+            keep = partial(results.keep, results.outcomes)
+            await run_round(target, chosen, outcomes, label, size, keep)
         finally:
             await target.remove_run()
-
-
-def _but(workloads: list[Workload], names: Collection[str]) -> list[Workload]:
-    return [each for each in workloads if each.name not in names]
 
 
 def main() -> int:
@@ -69,7 +64,8 @@ def main() -> int:
     results = Results(arguments, outcomes)
     for number in range(arguments.rounds):
         label = f"round {number + 1} of {arguments.rounds}"
-        for part in (_but(chosen, MEMORY), _but(chosen, set(known) - MEMORY)):
+        for apart in (False, True):
+            part = [each for each in chosen if (each.name in MEMORY) is apart]
             if part:
                 with running(arguments.agents) as (cluster, _):
                     load.run(measure(cluster, part, label, size, results))

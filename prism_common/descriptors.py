@@ -11,5 +11,6 @@ def allow_most() -> None:
     A leader has a connection for each agent and client, an agent two files for each sandbox.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where the kernel's own bound (fs.nr_open) has been lowered since, it stays as it is.
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -27,7 +27,8 @@ async def run_workloads(
     """
     outcomes = [Outcome(each.name, each.summary, each.bars) for each in chosen]
     for number in range(rounds):
-        await run_round(target, chosen, outcomes, f"round {number + 1} of {rounds}", size, keep)
+        label = f"round {number + 1} of {rounds}"
+        await run_round(target, chosen, outcomes, label, size, lambda: keep(outcomes))
     return outcomes
 
 
@@ -37,7 +38,7 @@ async def run_round(
     outcomes: Sequence[Outcome],
     label: str,
     size: Size,
-    keep: Keep,
+    keep: Callable[[], None],
 ) -> None:
     """Run one round of all, and add what is found to their outcomes."""
     for workload, outcome in zip(chosen, outcomes, strict=True):
@@ -48,7 +49,7 @@ async def run_round(
         started = time.monotonic()
         await _run_one(target, workload, size, outcome)
         sys.stderr.write(f"{time.monotonic() - started:.1f} s{_trouble(outcome)}\n")
-        keep(outcomes)
+        keep()
 
 
 async def _run_one(target: Target, workload: Workload, size: Size, outcome: Outcome) -> None:
