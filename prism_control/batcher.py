@@ -26,7 +26,7 @@ from prism_control.state import commands
 from prism_control.state.commands import Command, CreateSandbox, DeleteSandbox
 from prism_control.state.results import Result
 
-#: Together with the bytes bound: one entry is applied in one go, in about 15 ms with placements.
+#: Together with the bytes bound: one entry is applied in one go, in about 10 ms with placements.
 _BATCH_ITEMS_MAX: Final = 1000
 _BATCH_BYTES_MAX: Final = 1 * 2**20
 #: Of what the leader itself proposes, where one item may be a thousand reports of some 60 bytes:
