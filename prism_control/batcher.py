@@ -218,6 +218,11 @@ class Batcher:
             self._metrics.rejected.labels(queue.op).inc()
             shed.fail(queue.full())
 
+    @property
+    def waits(self) -> bool:
+        """Whether anything waits."""
+        return any(queue.items for queue in self._queues)
+
     def take(self) -> Sequence[EntryBatch]:
         """Return the entries of this turn. No client's delete overtakes a create of its own."""
         now = time.monotonic()

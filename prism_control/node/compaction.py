@@ -29,6 +29,7 @@ _PACE_S: Final = 0.006
 #: Members apply the same entries, and would all encode at the same moment: each takes its snapshots
 #: when this share less has come than its neighbour takes them at. At most seven members vote.
 _STAGGER: Final = 0.1
+_SHARE_MIN: Final = 1 - 6 * _STAGGER
 
 
 class Snapshotted(Protocol):
@@ -128,13 +129,18 @@ class Compaction:
             tasks.create_task(self._write(meta, self._machine.snapshot()))
 
     def _is_due(self) -> bool:
+        policy = self._policy
+        entries = self._core.applied_index - self._core.snapshot.index
+        if entries < policy.entries * _SHARE_MIN and (
+            self._bytes_since < policy.size_bytes * _SHARE_MIN
+        ):
+            return False  # as in nearly every turn
         if self._writing or time.monotonic() < self._retry_at:
             return False
-        entries = self._core.applied_index - self._core.snapshot.index
         share = share_of(self._core.config.id, self._core.configuration.voters)
         # Another's may have been installed at the very index that is applied.
-        full = self._bytes_since >= self._policy.size_bytes * share and entries > 0
-        return full or entries >= self._policy.entries * share
+        full = self._bytes_since >= policy.size_bytes * share and entries > 0
+        return full or entries >= policy.entries * share
 
     async def _write(self, meta: SnapshotMeta, encode: Callable[[], Iterable[bytes]]) -> None:
         started = time.perf_counter()

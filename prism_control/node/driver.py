@@ -277,7 +277,6 @@ class Driver:
             await self._wake.wait()
         else:
             await asyncio.sleep(0)
-        self._wake.clear()
         now = time.monotonic()
         if now < next_tick:
             return next_tick
@@ -296,12 +295,16 @@ class Driver:
             self._core.step(message)
 
     def _drain(self) -> None:
+        # Whatever came until now is looked at in this turn.
+        self._wake.clear()
         self._step_inbox()
         if self._unreachable or self._disconnected or self._snapshot_reports:
             self._pass_reports_on()
         if self._asks:
             self._do_asks()
         self._reads.ask(self._core)
+        if not self._source.waits:
+            return
         if self._core.replication is not None:
             self._propose(self._source.take())
         else:

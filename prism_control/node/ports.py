@@ -32,6 +32,10 @@ class Batch(Protocol):
 class ProposalSource(Protocol):
     """Where the driver takes proposals from, once a turn: what waits then goes together."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether anything waits; it may still have to wait for company."""
+
     def take(self) -> Sequence[Batch]:
         """Return the next entries to propose. Called on a leader only."""
 

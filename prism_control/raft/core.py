@@ -330,21 +330,18 @@ class Core(LeaderState):
 
     def _changed_soft_state(self) -> SoftState | None:
         shown = self._shown_soft_state
-        if (shown.role, shown.leader, shown.term) == (self.role, self.leader, self.term):
+        if shown.role is self.role and shown.leader == self.leader and shown.term == self.term:
             return None
         self._shown_soft_state = SoftState(self.role, self.leader, self.term)
         return self._shown_soft_state
 
     def _changed_hard_state(self) -> HardState | None:
         """Return what to write; a new commit index alone waits for something worth a write."""
-        state = HardState(self.term, self.vote, self.commit)
         saved = self._saved_hard_state
-        if state == saved:
-            return None
-        worth_a_write = (
-            saved.term != self.term
-            or saved.vote != self.vote
-            or self.log.persisted < self.log.last_index
-            or self._received_snapshot is not None
-        )
-        return state if worth_a_write else None
+        if saved.term == self.term and saved.vote == self.vote:
+            worth_a_write = (
+                self.log.persisted < self.log.last_index or self._received_snapshot is not None
+            )
+            if saved.commit == self.commit or not worth_a_write:
+                return None
+        return HardState(self.term, self.vote, self.commit)
