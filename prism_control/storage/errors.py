@@ -10,6 +10,9 @@ class StorageError(Exception):
 class DiskFullError(Exception):
     """Nothing of the write happened; it may be tried again when there is room."""
 
+    def __init__(self) -> None:
+        super().__init__("no space left on the disk that holds --data-dir")
+
 
 class CorruptStoreError(StartupError):
     """What was read is not what was written."""

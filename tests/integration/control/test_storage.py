@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import lmdb
 import pytest
 from prism.cluster.v1 import cluster_pb2, cluster_pb2_grpc
 
@@ -124,7 +125,9 @@ def test_a_truncated_database_is_refused_and_not_touched(tmp_path: Path) -> None
             node.create(f"s{number}")
         assert node.stop() == 0
         database = node.data / "log" / "data.mdb"
-        os.truncate(database, database.stat().st_size * 2 // 3 // 4096 * 4096)
+        with lmdb.open(str(database.parent), max_dbs=2, readonly=True) as environment:
+            used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        os.truncate(database, used * 2 // 3 // 4096 * 4096)
         node.start()
         assert node.wait() == 1
         assert "was truncated" in node.log

@@ -103,7 +103,7 @@ class Node:
     async def running(self) -> AsyncIterator[Driver]:
         task = asyncio.get_running_loop().create_task(self.driver.run(self.sink))
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 yield self.driver
         finally:
             task.cancel()
@@ -230,7 +230,7 @@ class FullDisk:
         def gate(*arguments: object) -> None:
             if self.full:
                 self.refused += 1
-                raise DiskFullError("no space left")
+                raise DiskFullError
             persist(*arguments)  # type: ignore[arg-type]
 
         monkeypatch.setattr(store, "persist", gate)

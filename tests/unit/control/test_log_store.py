@@ -1,9 +1,13 @@
 """What the log keeps, and what it never gives back as if it were whole."""
 
+import errno
 import os
 import random
+import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from prism_control.raft.types import (
 )
 from prism_control.storage.errors import CorruptStoreError, DiskFullError, StorageError
 from prism_control.storage.log import Formation, Identity, LogStore
+from prism_control.storage.tail import PAYLOAD_BYTES_MAX
 
 ME = Member(7, "n1", "127.0.0.1:1", "127.0.0.1:2")
 CONFIGURATION = Configuration(voters=(7,), members=(ME,))
@@ -38,6 +43,13 @@ def store(tmp_path: Path) -> Iterator[LogStore]:
     made = LogStore(tmp_path / "log", lambda seconds: None)
     yield made
     made.close()
+
+
+def after_a_crash(store: LogStore) -> LogStore:
+    """Open what a store that goes on has on disk at this moment."""
+    path = Path(tempfile.mkdtemp(dir=store._path.parent))
+    subprocess.run(["cp", "-r", "--sparse=always", f"{store._path}/.", str(path)], check=True)
+    return LogStore(path, lambda seconds: None)
 
 
 def reopened(store: LogStore) -> LogStore:
@@ -101,6 +113,195 @@ def test_a_member_is_bootstrapped_once(store: LogStore) -> None:
     assert again.identity == Identity(7, "n1", "cl-1")
     assert again.formation is None
     assert again.load().entries == (entry,)
+    again.close()
+
+
+# ── The tail ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Model:
+    """What a store should hold."""
+
+    hard_state: HardState = field(default_factory=HardState)
+    snapshot: SnapshotMeta = field(default_factory=SnapshotMeta)
+    entries: list[Entry] = field(default_factory=list)
+
+    def persist(
+        self, state: HardState | None, snapshot: SnapshotMeta | None, new: Sequence[Entry]
+    ) -> None:
+        self.hard_state = state or self.hard_state
+        if snapshot is not None:
+            self.snapshot, self.entries = snapshot, []
+        if new:
+            self.entries = [e for e in self.entries if e.index < new[0].index] + list(new)
+
+    def held(self) -> tuple[HardState, SnapshotMeta, tuple[Entry, ...]]:
+        return self.hard_state, self.snapshot, tuple(self.entries)
+
+
+def held(store: LogStore) -> tuple[HardState, SnapshotMeta, tuple[Entry, ...]]:
+    stored = store.load()
+    return stored.hard_state, stored.snapshot, stored.entries
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_crash_at_any_moment_keeps_all_that_was_written(tmp_path: Path, seed: int) -> None:
+    """Writes of all sizes, cuts, votes, snapshots, compaction; crashes, and clean ends between."""
+    chosen = random.Random(seed)
+    store, model, term = LogStore(tmp_path / "log", lambda seconds: None), Model(), 1
+    for _ in range(60):
+        last = model.entries[-1].index if model.entries else model.snapshot.index
+        match chosen.choices(("append", "cut", "vote", "install", "compact"), (12, 3, 2, 1, 1))[0]:
+            case "append":
+                size = chosen.choice((10, 10, 400, 5000, 40_000, LARGE))
+                new = entries(last + 1, last + chosen.randint(1, 8), term, size)
+                state = chosen.choice((None, HardState(term, 7, last)))
+                store.persist(state, None, new)
+                model.persist(state, None, new)
+            case "cut":
+                term += 1
+                first = chosen.randint(max(model.hard_state.commit, model.snapshot.index), last) + 1
+                new = entries(first, first + chosen.randint(0, 3), term)
+                state = HardState(term, 0, model.hard_state.commit)
+                store.persist(state, None, new)
+                model.persist(state, None, new)
+            case "vote":
+                term += 1
+                state = HardState(term, chosen.randint(1, 3), model.hard_state.commit)
+                store.persist(state, None, ())
+                model.persist(state, None, ())
+            case "install":
+                meta = SnapshotMeta(last + chosen.randint(1, 50), term, CONFIGURATION)
+                state = HardState(term, 0, meta.index)
+                new = entries(meta.index + 1, meta.index + chosen.randint(0, 2), term)
+                store.persist(state, meta, new)
+                model.persist(state, meta, new)
+            case "compact" if model.entries:
+                index = chosen.choice(model.entries).index
+                meta = SnapshotMeta(index, term, CONFIGURATION)
+                first_kept = chosen.randint(model.entries[0].index, index + 1)
+                store.compact(meta, first_kept)
+                model.snapshot = meta
+                model.entries = [e for e in model.entries if e.index >= first_kept]
+        match chosen.random():
+            case x if x < 0.1:
+                left, store = store, after_a_crash(store)
+                left.close()
+                shutil.rmtree(left._path)
+            case x if x < 0.15:
+                store = reopened(store)
+        assert held(store) == model.held()
+    crashed = after_a_crash(store)
+    assert held(crashed) == model.held()
+    assert held(reopened(crashed)) == model.held()
+
+
+@pytest.mark.parametrize("size", [100, 6000])
+def test_a_write_that_power_loss_cut_short_is_left_out(store: LogStore, size: int) -> None:
+    """Whole sectors of it are as they were before, any of them."""
+    path = store._path / "tail"
+    for index in range(1, 4):
+        store.persist(HardState(1, 7, 0), None, entries(index, index, size=size))
+    before = path.read_bytes()
+    store.persist(HardState(2, 7, 0), None, entries(4, 4, term=2, size=size))
+    after = path.read_bytes()
+    changed = [
+        at for at in range(0, len(after), 512) if after[at : at + 512] != before[at : at + 512]
+    ]
+    assert changed
+    for lost in changed:
+        torn = after[:lost] + before[lost : lost + 512] + after[lost + 512 :]
+        path.write_bytes(torn)
+        crashed = after_a_crash(store)
+        assert held(crashed)[::2] == (HardState(1, 7, 0), entries(1, 3, size=size))
+        crashed.persist(HardState(3, 7, 0), None, entries(4, 4, term=3, size=size))
+        again = after_a_crash(crashed)
+        assert again.load().entries[-1].term == 3
+    path.write_bytes(after)
+    assert after_a_crash(store).load().entries[-1].term == 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_flipped_bit_in_the_tail_is_named(store: LogStore, seed: int) -> None:
+    for index in range(1, 9):
+        store.persist(HardState(1, 7, 0), None, entries(index, index, size=700 * index))
+    path, chosen = store._path / "tail", random.Random(seed)
+    data = bytearray(path.read_bytes())
+    # Of the first seven; what comes after the last cannot tell whether that was promised.
+    blocks = [1, 1, 1, 1, 1, 2, 2]
+    number = chosen.randrange(len(blocks))
+    start = sum(blocks[:number]) * 4096
+    bit = chosen.randrange((44 + 700 * (number + 1)) * 8)
+    data[start + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    with pytest.raises(CorruptStoreError, match=f"record {number} is corrupt"):
+        after_a_crash(store)
+
+
+def test_what_a_user_sends_cannot_pass_for_a_record(store: LogStore) -> None:
+    """Blocks of the tail, in an entry, from an earlier generation and from this one."""
+    store.persist(HardState(1, 7, 0), None, entries(1, 3))
+    record = (store._path / "tail").read_bytes()[:4096]
+    sent = Entry(4, 1, EntryKind.NORMAL, b"".join(record[i:] + record[:i] for i in range(8)))
+    store.persist(None, None, [sent])
+    assert after_a_crash(store).load().entries == (*entries(1, 3), sent)
+    store.compact(SnapshotMeta(3, 1, CONFIGURATION), 1)
+    store.persist(None, None, entries(5, 5))
+    assert after_a_crash(store).load().entries == (*entries(1, 3), sent, *entries(5, 5))
+
+
+@pytest.mark.parametrize("size", [0, 4096, (1 << 20) - 1])
+def test_a_tail_that_is_cut_or_gone_is_refused(store: LogStore, size: int) -> None:
+    store.persist(HardState(1, 7, 0), None, entries(1, 3))
+    os.truncate(store._path / "tail", size)
+    with pytest.raises(CorruptStoreError, match="tail was truncated"):
+        after_a_crash(store)
+    (store._path / "tail").unlink()
+    with pytest.raises(CorruptStoreError, match="tail was truncated: it has 0 bytes"):
+        after_a_crash(store)
+
+
+def test_after_a_crash_nothing_is_told_that_is_not_durable(
+    store: LogStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What can be read may never have reached the disk; what is written again is flushed."""
+    store.persist(HardState(1, 7, 0), None, entries(1, 1))
+    store.persist(None, None, entries(2, 2))
+    done: list[tuple[str, int]] = []
+    write, flush = os.pwrite, os.fdatasync
+
+    def note_write(file: int, data: bytes, offset: int) -> int:
+        done.append(("write", offset))
+        return write(file, data, offset)
+
+    def note_flush(file: int) -> None:
+        done.append(("flush", 0))
+        flush(file)
+
+    before = (store._path / "tail").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("prism_control.storage.tail.os.pwrite", note_write)
+        patch.setattr("prism_control.storage.tail.os.fdatasync", note_flush)
+        crashed = after_a_crash(store)
+        assert done == [("write", 4096), ("flush", 0)]
+        assert (crashed._path / "tail").read_bytes() == before
+        # And the page of the database that names the generation may be such a page.
+        crashed.persist(None, None, entries(3, 3))
+        assert done == [("write", 4096), ("flush", 0)]
+        crashed.persist(None, None, entries(4, 4))
+        assert done[2:] == [("write", 0), ("flush", 0)]
+    assert after_a_crash(crashed).load().entries == entries(1, 4)
+
+
+def test_after_a_clean_end_all_is_in_the_database(store: LogStore) -> None:
+    """So that a release that knows of no tail can go on from there."""
+    store.persist(HardState(1, 7, 2), None, entries(1, 3))
+    path = store._path
+    store.close()
+    (path / "tail").unlink()
+    again = LogStore(path, lambda seconds: None)
+    assert held(again)[::2] == (HardState(1, 7, 2), entries(1, 3))
     again.close()
 
 
@@ -212,8 +413,9 @@ def test_a_truncated_database_is_refused_and_kills_nobody(store: LogStore, tenth
         store.persist(HardState(1, 7, first), None, entries(first, first + 9, size=2000))
     path = store._path
     store.close()
-    database = path / "data.mdb"
-    os.truncate(database, database.stat().st_size * tenths // 10 // 4096 * 4096)
+    with lmdb.open(str(path), max_dbs=2, readonly=True) as environment:
+        used = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    os.truncate(path / "data.mdb", used * tenths // 10 // 4096 * 4096)
     with pytest.raises(CorruptStoreError, match=r"was truncated: it has \d+ bytes of \d+"):
         LogStore(path, lambda seconds: None)
 
@@ -237,6 +439,10 @@ def test_another_schema_is_refused(store: LogStore) -> None:
 # ── Failures ─────────────────────────────────────────────────────────────────────────────────────
 
 
+#: Of entries that are too large for the tail, and go into the database at once.
+LARGE = PAYLOAD_BYTES_MAX + 1
+
+
 def failing(store: LogStore, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(txn: object, index: int) -> None:
         raise error
@@ -249,13 +455,81 @@ def test_a_failed_write_poisons_the_store(store: LogStore, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         failing(store, patch, lmdb.Error("mdb_txn_commit: Input/output error"))
         with pytest.raises(StorageError, match="Input/output error"):
-            store.persist(HardState(2, 7, 0), None, entries(4, 4))
+            store.persist(HardState(2, 7, 0), None, entries(4, 4, size=LARGE))
     # The disk may work again: what it holds is unknown all the same.
     with pytest.raises(StorageError, match="Input/output error"):
         store.persist(HardState(2, 7, 0), None, ())
     again = reopened(store)
     assert again.load().entries == entries(1, 3)
     again.close()
+
+
+def test_a_full_disk_at_the_page_that_commits_poisons_the_store(
+    store: LogStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be there or not; and LMDB itself would not go on."""
+    store.persist(HardState(1, 7, 0), None, entries(1, 3))
+    with monkeypatch.context() as patch:
+        failing(store, patch, lmdb.DiskError("mdb_txn_commit: No space left on device"))
+        patch.setattr(store, "_is_sound", lambda: False)
+        with pytest.raises(StorageError, match="No space left"):
+            store.persist(HardState(2, 7, 0), None, entries(4, 4, size=LARGE))
+    with pytest.raises(StorageError, match="No space left"):
+        store.persist(HardState(2, 7, 0), None, entries(4, 4))
+
+
+def test_what_was_refused_is_not_written_to(store: LogStore) -> None:
+    store.persist(HardState(1, 7, 5), None, entries(1, 5))
+    store.compact(SnapshotMeta(2, 1, CONFIGURATION), 1)
+    store.persist(HardState(1, 7, 9), None, entries(6, 6))
+    crashed = after_a_crash(store)
+    with pytest.raises(CorruptStoreError, match="9 was committed: entries are missing"):
+        crashed.load()
+    before = {path.name: path.read_bytes() for path in crashed._path.iterdir()}
+    crashed.close()
+    assert {path.name: path.read_bytes() for path in crashed._path.iterdir()} == before
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_failed_flush_of_the_tail_poisons_the_store(
+    store: LogStore, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    store.persist(HardState(1, 7, 0), None, entries(1, 3))
+
+    def fail(file: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prism_control.storage.tail.os.fdatasync", fail)
+        with pytest.raises(StorageError, match=os.strerror(code)):
+            store.persist(HardState(2, 7, 0), None, entries(4, 4))
+    with pytest.raises(StorageError, match=os.strerror(code)):
+        store.persist(HardState(2, 7, 0), None, entries(4, 4, size=LARGE))
+    again = reopened(store)
+    # It was not promised, and is there all the same: another disk might have lost it.
+    assert again.load().entries in (entries(1, 3), entries(1, 4))
+    again.close()
+
+
+def test_a_filesystem_that_has_no_room_for_what_is_in_place_loses_nothing(
+    store: LogStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.persist(HardState(1, 7, 0), None, entries(1, 3))
+    write = os.pwrite
+
+    def write_a_part(file: int, data: bytes, offset: int) -> int:
+        if len(data) <= 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[:10], offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prism_control.storage.tail.os.pwrite", write_a_part)
+        with pytest.raises(DiskFullError):
+            store.persist(HardState(2, 7, 0), None, entries(4, 4, term=2))
+    crashed = after_a_crash(store).load()
+    assert (crashed.hard_state, crashed.entries) == (HardState(1, 7, 0), entries(1, 3))
+    store.persist(HardState(3, 7, 0), None, entries(4, 5, term=3))
+    assert after_a_crash(store).load().entries == entries(1, 3) + entries(4, 5, term=3)
 
 
 @pytest.mark.parametrize(
@@ -273,10 +547,10 @@ def test_a_full_disk_does_not(
     with monkeypatch.context() as patch:
         failing(store, patch, error)
         with pytest.raises(DiskFullError):
-            store.persist(HardState(2, 7, 0), None, entries(3, 4, term=2))
-    assert store.load().entries == entries(1, 3)
-    store.persist(HardState(2, 7, 0), None, entries(3, 4, term=2))
-    assert store.load().entries == entries(1, 2) + entries(3, 4, term=2)
+            store.persist(HardState(2, 7, 0), None, entries(3, 4, term=2, size=LARGE))
+    assert store.load().entries == after_a_crash(store).load().entries == entries(1, 3)
+    store.persist(HardState(2, 7, 0), None, entries(3, 4, term=2, size=LARGE))
+    assert store.load().entries == entries(1, 2) + entries(3, 4, term=2, size=LARGE)
 
 
 @pytest.fixture
@@ -325,7 +599,9 @@ def test_a_new_store_on_a_full_disk_is_refused_and_kills_nobody(small_disk: Path
 def test_each_commit_is_measured(tmp_path: Path) -> None:
     seen: list[float] = []
     store = LogStore(tmp_path / "log", seen.append)
-    seen.clear()
     store.persist(HardState(1, 7, 0), None, entries(1, 1))
-    assert len(seen) == 1
+    for index, size in ((2, 10), (3, LARGE)):
+        seen.clear()
+        store.persist(None, None, entries(index, index, size=size))
+        assert len(seen) == 1
     store.close()
