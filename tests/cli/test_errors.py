@@ -101,9 +101,9 @@ def test_unavailable_is_retried_by_the_same_request_id(cli: Run, fake: FakePrism
 
 def test_retries_end_with_the_timeout(cli: Run, fake: FakePrism) -> None:
     fake.fail("GetSandbox", *[errors.NoLeaderError("no leader", retry_after_s=0.3)] * 50)
-    line = line_of(cli("--timeout", "1", "sandbox", "info", "web"))
+    line = line_of(cli("--timeout", "4", "sandbox", "info", "web"))
     assert line.startswith("no leader")
-    assert 2 <= len(fake.requests("GetSandbox")) <= 5
+    assert 2 <= len(fake.requests("GetSandbox")) <= 15
 
 
 def test_a_retry_that_cannot_help_is_not_made(inline: Run, fake: FakePrism) -> None:
@@ -153,7 +153,7 @@ def test_the_address_comes_from_flag_then_environment_then_file(
     fake.put("web", pb.SANDBOX_STATE_READY)
     file = Path(environment["XDG_CONFIG_HOME"]) / "prism" / "context.toml"
     file.parent.mkdir(parents=True)
-    listing = ["--timeout", "300ms", "sandbox", "ls", "-o", "name"]
+    listing = ["--timeout", "5s", "sandbox", "ls", "-o", "name"]
     file.write_text(f'api = ["{fake.address}"]\n')
     assert bare(*listing).stdout == b"web\n"
     assert "as PRISM_API says" in line_of(bare(*listing, env={"PRISM_API": "127.0.0.1:1"}))
@@ -274,7 +274,7 @@ def test_a_port_of_another_protocol_is_said(bare: Run) -> None:
     with HTTPServer(("127.0.0.1", 0), Quiet) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
-        result = bare("--api", f"127.0.0.1:{server.server_port}", "--timeout", "1", "info")
+        result = bare("--api", f"127.0.0.1:{server.server_port}", "--timeout", "5", "info")
         server.shutdown()
         thread.join()
     assert "is not a Prism API" in line_of(result)

@@ -81,7 +81,7 @@ def test_a_stream_that_ends_without_a_status_is_attached_again(cli: Run, fake: F
 
 def test_a_connection_that_stays_broken_gives_no_status(cli: Run, fake: FakePrism) -> None:
     fake.breaks.extend([(1, None)] + [(0, None)] * 50)
-    result = cli("--timeout", "1s", "sandbox", "exec", "web", "--", "count")
+    result = cli("--timeout", "4s", "sandbox", "exec", "web", "--", "count")
     assert (result.returncode, result.stdout) == (1, b"1\n")
     assert b"how it ended is not known" in result.stderr
     assert b"prismctl sandbox attach web ex-1" in result.stderr

@@ -1,5 +1,6 @@
 """`prismctl sandbox port`: local connections to ports of a sandbox."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -61,7 +62,8 @@ def _where(process: subprocess.Popen[bytes]) -> tuple[str, int]:
 def _ask(where: tuple[str, int], data: bytes) -> bytes:
     with socket.create_connection(where, timeout=20) as connection:
         connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # reset already, as reading then says
+            connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 

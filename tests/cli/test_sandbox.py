@@ -65,10 +65,10 @@ def test_create_that_stays_pending_says_why(cli: Run, fake: FakePrism) -> None:
     fake.placement = [
         pb.PlacementRefusal(node_name="agent-1", reason="needs 4096 MiB, 512 MiB free")
     ]
-    result = cli("--timeout", "1", "sandbox", "create", "web", "--memory", "4Gi")
+    result = cli("--timeout", "4", "sandbox", "create", "web", "--memory", "4Gi")
     assert result.returncode == 1
     line = result.stderr.decode()
-    assert "sandbox web is still PENDING after 1 s" in line
+    assert "sandbox web is still PENDING after 4 s" in line
     assert "agent-1: needs 4096 MiB, 512 MiB free" in line
     assert "prismctl sandbox info web" in line
 

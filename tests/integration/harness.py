@@ -28,13 +28,15 @@ from prism_common.status import from_rpc_error
 
 ROOT: Final = Path(__file__).parents[2]
 #: An election or two on a busy machine; tests end as soon as what they wait for is there.
-WAIT_S: Final = 15.0
+WAIT_S: Final = 60.0
 STALE: Final = sandbox_pb2.CONSISTENCY_STALE
 T = TypeVar("T")
 
 
-#: Below the system's range for outgoing connections, which would take a port between two starts.
-_PORTS: Final = range(10_240, 32_000)
+#: Below the system's range for outgoing connections, which would take a port between two starts,
+#: and each test process has its own: one that is to be used again is free meanwhile.
+_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_PORTS: Final = range(10_240 + _WORKER % 4, 15_000, 4)
 _given: set[int] = set()
 
 
@@ -119,7 +121,7 @@ class ControlNode:
         assert self.process is not None
         self.process.send_signal(number)
 
-    def stop(self, timeout_s: float = 10.0) -> int:
+    def stop(self, timeout_s: float = 30.0) -> int:
         """SIGTERM; return the exit status."""
         self._close_channel()  # an idle connection would be given time to end
         self.signal(signal.SIGTERM)

@@ -44,6 +44,6 @@ async def agent(
     with home() as directory:
         async with _running(plain_agent(directory, gateway.address, "--on-exit=delete")) as made:
             yield made
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while processes():  # noqa: ASYNC110 - what ends tells nobody
             await asyncio.sleep(0.02)

@@ -1,6 +1,7 @@
 """Hostile files: whatever a sandbox puts in its paths, the agent never leaves its root."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -21,6 +22,7 @@ from tests.integration.agent.files import (
     write,
 )
 from tests.integration.agent.process import AgentProcess
+from tests.integration.agent.test_life import until
 from tests.security.conftest import both_users
 
 #: What a sandbox lays out, and then has the agent read.
@@ -44,7 +46,10 @@ LINKS = {
 
 
 def threads_of(pid: int) -> list[dict[str, str]]:
-    texts = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    texts = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended
+            texts.append((task / "status").read_text())
     return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 
 
@@ -137,12 +142,14 @@ async def test_threads_of_calls_have_no_capabilities(agent: AgentProcess, sandbo
     request = sandbox_pb2.ReadFileRequest(sandbox=sandbox, path="/workspace/f")
     call = agent.stub.ReadFile(request)
     await call.read()
-    found = []
-    for fields in threads_of(agent.pid):
-        if fields["Uid"].split()[0] != "0":
-            found.append(fields)
+    found: list[dict[str, str]] = []
+
+    def only_the_readers() -> bool:
+        found[:] = [each for each in threads_of(agent.pid) if each["Uid"].split()[0] != "0"]
+        return len(found) == 1
+
+    await until(only_the_readers)  # the writer's ends
     call.cancel()
-    assert len(found) == 1
     for name in ("CapPrm", "CapEff", "CapInh", "CapAmb"):
         assert int(found[0][name], 16) == 0
     assert set(found[0]["Uid"].split()) == set(found[0]["Gid"].split())

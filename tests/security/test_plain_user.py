@@ -122,7 +122,8 @@ async def test_sandboxes_of_one_user_do_not_reach_each_other(
     assert owners == {psutil.Process(agent.pid).uids().real}
     assert 0 not in owners
     await agent.run(sandbox, ["sh", "-c", "kill -9 -1"])
-    assert (await agent.run("sb-other", ["pidof", "sleep"])).code == 0
+    look = "until pidof sleep; do sleep 0.05; done"
+    assert (await agent.run("sb-other", ["sh", "-c", look], timeout_s=20)).code == 0
     assert agent.alive
     call.cancel()
 

@@ -157,12 +157,12 @@ class Gateway(agent_pb2_grpc.AgentGatewayServicer):
         self.assignments[sandbox_id] = assignment
         self.send(assignment)
 
-    async def wait(self, condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    async def wait(self, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         async with asyncio.timeout(timeout_s), self.changed:
             await self.changed.wait_for(condition)
 
     async def wait_for(
-        self, sandbox_id: str, state: int, timeout_s: float = 20.0
+        self, sandbox_id: str, state: int, timeout_s: float = 60.0
     ) -> agent_pb2.SandboxReport:
         """Wait until a sandbox is reported to be in a state."""
 

@@ -15,8 +15,8 @@ import psutil
 
 from tests.integration.agent.process import ROOT, AgentProcess
 
-#: Nobody's: no account has it, and no range of subordinate ids.
-UID = 61_234
+#: Nobody's: no account has it, and no range of subordinate ids. Each test process has its own.
+UID = 61_234 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
 _DROP = (
     "setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups", "--inh-caps=-all",
     "--bounding-set=-all", "--",

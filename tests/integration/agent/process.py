@@ -112,7 +112,7 @@ class AgentProcess:
         self._channel = open_channel(self.address)
 
     async def _read_address(self, offset: int) -> str:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 text = self.log.read_bytes()[offset:].decode()
                 found = re.search(r"serving .*listen=(\S+)", text)

@@ -157,13 +157,13 @@ async def test_idle_timeout_waits_for_the_resume_and_ttl_does_not(
 ) -> None:
     await gateway.wait_registrations(1)
     spec = sandbox_pb2.SandboxSpec()
-    spec.idle_timeout.FromMilliseconds(700)
+    spec.idle_timeout.FromMilliseconds(3000)
     gateway.assign("sb-idle", spec=spec)
-    gateway.assign("sb-ttl", ttl_s=2.5)
-    for each in ("sb-idle", "sb-ttl"):
-        await gateway.wait_for(each, READY)
-    for each in ("sb-idle", "sb-ttl"):
-        await pause(gateway, each)
+    await gateway.wait_for("sb-idle", READY)
+    await pause(gateway, "sb-idle")
+    gateway.assign("sb-ttl", ttl_s=5.0)
+    await gateway.wait_for("sb-ttl", READY)
+    await pause(gateway, "sb-ttl")
     report = await gateway.wait_for("sb-ttl", DELETED)
     assert report.reason == "TTL_EXPIRED"
     assert gateway.reports["sb-idle"].state == PAUSED
@@ -188,14 +188,14 @@ async def test_death_of_a_paused_sandbox_is_seen(
 
 async def test_a_lease_does_not_end_what_is_paused(agent: AgentProcess, gateway: Gateway) -> None:
     await gateway.wait_registrations(1)
-    gateway.lease_s = 1.0
+    gateway.lease_s = 3.0
     await kill_and_restart(agent, gateway)
     gateway.assign(
         "sb-move", spec=sandbox_pb2.SandboxSpec(on_node_loss=sandbox_pb2.ON_NODE_LOSS_RESCHEDULE)
     )
     await gateway.wait_for("sb-move", READY)
     await pause(gateway, "sb-move")
-    await asyncio.sleep(3 * gateway.lease_s)
+    await asyncio.sleep(1.5 * gateway.lease_s)
     await resume(gateway, "sb-move")
-    await asyncio.sleep(2 * gateway.lease_s)
+    await asyncio.sleep(1.5 * gateway.lease_s)
     assert (await agent.run("sb-move", ["echo", "on"])).stdout == b"on\n"

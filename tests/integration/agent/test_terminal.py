@@ -84,9 +84,9 @@ async def test_end_of_input_ends_a_reader(agent: AgentProcess, sandbox: str) -> 
 
 async def test_job_control_works(agent: AgentProcess, sandbox: str) -> None:
     call = agent.open(sandbox, ["bash", "--norc", "-i"], terminal=SIZE, stdin=True)
-    await call.send(stdin=b"sleep 1000\n")
-    await call.until(b"sleep 1000\r\n")
-    await asyncio.sleep(0.3)
+    # The quotes tell what it prints from the echo of what is typed.
+    await call.send(stdin=b"sh -c 'echo r\"\"un; exec sleep 1000'\n")
+    await call.until(b"run\r\n")
     await call.send(stdin=b"\x1a")
     await call.until(b"Stopped")
     await call.send(stdin=b"kill %1; exit 4\n")
@@ -124,7 +124,10 @@ async def test_unknown_program_is_said(agent: AgentProcess, sandbox: str) -> Non
 async def test_it_survives_kill_of_the_agent(
     agent: AgentProcess, gateway: Gateway, sandbox: str
 ) -> None:
-    script = "echo up; stty size; read a; echo got $a; stty size; exit 9"
+    script = (
+        "echo up; stty size; read a; echo got $a; "
+        "until [ \"$(stty size)\" = '7 8' ]; do sleep 0.01; done; stty size; exit 9"
+    )
     call = agent.open(sandbox, ["sh", "-c", script], terminal=SIZE, stdin=True)
     so_far = await call.until(b"31 97\r\n")
     await kill_and_restart(agent, gateway)
@@ -132,7 +135,6 @@ async def test_it_survives_kill_of_the_agent(
     await attached.send_attach(stdin=b"")
     request = sandbox_pb2.AttachExecRequest(resize=sandbox_pb2.WindowSize(rows=7, columns=8))
     await attached._call.write(request)
-    await asyncio.sleep(0.1)
     await attached.send_attach(stdin=b"hello\n")
     result = await attached.result()
     assert result.stdout == b"up\r\n31 97\r\nhello\r\ngot hello\r\n7 8\r\n"

@@ -1,6 +1,7 @@
 """Prepared sandboxes: one that is taken is as one that was made for its start, and none is left."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -100,11 +101,12 @@ def record_of(agent: AgentProcess, sandbox_id: str) -> Record:
 
 def supervisors(agent: AgentProcess) -> dict[str, int]:
     """Return the pid of PID 1 of each sandbox, prepared or not, by what it is called."""
-    return {
-        tag.partition("/")[2]: pid
-        for pid, tag in host.supervised(f"{agent.node_id}/")
-        if Path(f"/proc/{pid}/exe").readlink().name != "bwrap"
-    }
+    found = {}
+    for pid, tag in host.supervised(f"{agent.node_id}/"):
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{pid}/exe").readlink().name != "bwrap":
+                found[tag.partition("/")[2]] = pid
+    return found
 
 
 async def tell(agent: AgentProcess, sandbox_id: str) -> str:

@@ -318,8 +318,11 @@ async def test_a_leader_that_hangs_is_left_once_another_leads(bench: Bench) -> N
     assert other.asked[0][0] == "r1"
 
 
-async def test_a_leader_that_lives_still_answers_after_another_was_elected(bench: Bench) -> None:
+async def test_a_leader_that_lives_still_answers_after_another_was_elected(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As it does to a TransferLeadership: that must not be sent to the next one too."""
+    monkeypatch.setattr(forward, "_MOVED_GRACE_S", 10.0)
     release = asyncio.Event()
 
     async def late() -> sandbox_pb2.Sandbox:

@@ -173,9 +173,10 @@ async def test_a_peer_that_comes_back_is_found_and_the_loss_is_told(bench: Bench
     bench.lost.clear()
     await bench.peer.stop()
     await until(lambda: not bench.transport.is_connected(2))
-    assert bench.lost == [2]
+    assert set(bench.lost) == {2}
+    bench.lost.clear()
     bench.transport.send([HeartbeatReply(1, 2, 3)])
-    assert bench.lost == [2, 2]
+    assert bench.lost == [2]
     await bench.peer.start()
     await bench.connected()
     bench.transport.send([HeartbeatReply(1, 2, 4)])
