@@ -1,6 +1,7 @@
 """The edge of dispatch: agents' sessions on the leader. `scheduler.assignments` decides."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -34,6 +35,10 @@ _PAUSE_BUSY_S: Final = 0.04
 #: … unless all agents together are sent fewer than so many in a second, and in a row.
 _AT_ONCE_PER_S: Final = 200.0
 _AT_ONCE_MAX: Final = 64.0
+#: What one commit has for more agents than these is sent to so many in a second: the next commit
+#: has something for most of them too, and shares the messages (docs/adr/0030).
+_AGENTS_AT_ONCE: Final = 64
+_AGENTS_PER_S: Final = 1000.0
 #: Registrations arrive together after a change of leader; each is proposed within this time.
 _REGISTER_TIMEOUT_S: Final = 10.0
 #: What an agent says of a sandbox goes into the replicated state and to every user.
@@ -71,6 +76,14 @@ class _Session:
         self.incarnation = incarnation
         self.wake = Signal()
         self.ended: PrismError | None = None
+        #: Loop time before which nothing is sent; 0: there is nothing to send, or it goes now.
+        self.due_s = 0.0
+
+    def tell(self, due_s: float) -> None:
+        """There is something to send, not before `due_s`, or sooner where that was said before."""
+        if not self.due_s:
+            self.due_s = due_s
+            self.wake.notify()
 
     def end(self, error: PrismError) -> None:
         """Let the session end with this error."""
@@ -139,10 +152,11 @@ class Dispatcher:
 
     def observe(self, events: Sequence[Event]) -> None:
         """Take over committed changes, and wake the sessions that have something to send."""
-        for node_id in self._dispatch.observe(events):
+        now_s = asyncio.get_running_loop().time()
+        for number, node_id in enumerate(self._dispatch.observe(events)):
             session = self._sessions.get(node_id)
             if session is not None:
-                session.wake.notify()
+                session.tell(now_s + max(number - _AGENTS_AT_ONCE, 0) / _AGENTS_PER_S)
 
     # ── One session ──────────────────────────────────────────────────────────────────────────
 
@@ -237,6 +251,13 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         busy = False
         while session.ended is None:
+            wait_s = session.due_s - loop.time()
+            if wait_s > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await session.wake.wait()
+                continue
+            session.due_s = 0.0
             assignments = session.agent.take()
             if assignments:
                 await write(self._batch(office, assignments, complete=False))

@@ -202,6 +202,26 @@ async def test_sessions_leave_nothing_behind(control: Control) -> None:
     assert control.dispatcher._dispatch.agent("node-1") is None
 
 
+async def test_where_a_commit_has_something_for_many_agents_the_next_shares_its_messages(
+    control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = await joined(control)
+    await agent.get("assignments")
+    # As if this agent were the thousandth.
+    monkeypatch.setattr("prism_control.dispatch._AGENTS_AT_ONCE", -1000)
+    began = asyncio.get_running_loop().time()
+    for number in range(3):
+        control.place(f"sb-{number}")
+        for _ in range(20):
+            await asyncio.sleep(0)
+    batch = await agent.get("assignments")
+    assert [each.sandbox_id for each in batch.assignments] == ["sb-0", "sb-1", "sb-2"]
+    assert asyncio.get_running_loop().time() - began >= 1.0
+    monkeypatch.setattr("prism_control.dispatch._AGENTS_AT_ONCE", 1)
+    control.place("sb-3")
+    assert len((await agent.get("assignments")).assignments) == 1
+
+
 async def test_few_assignments_go_at_once_and_many_share_messages(
     control: Control, monkeypatch: pytest.MonkeyPatch
 ) -> None:
