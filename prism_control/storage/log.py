@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -100,7 +100,7 @@ class LogStore:
         self._observe_fsync = observe_fsync
         self._poison: str | None = None
         self._tail: Tail | None = None
-        #: Whether a change of the database must come first: a crash may have left its newest page
+        #: Whether a change of the database should come first: a crash may have left its newest page
         #: where it can be read and is not durable, and the tail's generation is in there.
         self._must_fold = False
         #: What is in the tail and not in LMDB.
@@ -276,6 +276,12 @@ class LogStore:
     # ── The tail ─────────────────────────────────────────────────────────────────────────────
 
     def _open_tail(self) -> None:
+        try:
+            self._env.sync(True)
+        except lmdb.Error as error:
+            raise CorruptStoreError(
+                f"--data-dir: {self._path} cannot be flushed: {error}"
+            ) from None
         generation = self._get(b"tail", bytes)
         if generation is None:
             raise CorruptStoreError(f"--data-dir: {self._path}: the tail's generation is missing")
@@ -292,8 +298,12 @@ class LogStore:
 
     def _append(self, new: _Write) -> bool:
         """Write to the tail; return whether there was room."""
-        if self._must_fold or sum(map(len, new.entries)) > tail.PAYLOAD_BYTES_MAX:
+        if sum(map(len, new.entries)) > tail.PAYLOAD_BYTES_MAX:
             return False
+        if self._must_fold:
+            # On a full disk the tail alone lets this member vote, and lead: its page was flushed.
+            with suppress(DiskFullError):
+                self._write(lambda txn: None)
         payload = msgspec.msgpack.encode(new)
         with self._failures():
             into = self._tail or self._begin_tail()

@@ -288,9 +288,9 @@ def test_after_a_crash_nothing_is_told_that_is_not_durable(
         assert (crashed._path / "tail").read_bytes() == before
         # And the page of the database that names the generation may be such a page.
         crashed.persist(None, None, entries(3, 3))
-        assert done == [("write", 4096), ("flush", 0)]
-        crashed.persist(None, None, entries(4, 4))
         assert done[2:] == [("write", 0), ("flush", 0)]
+        crashed.persist(None, None, entries(4, 4))
+        assert done[4:] == [("write", 4096), ("flush", 0)]
     assert after_a_crash(crashed).load().entries == entries(1, 4)
 
 
@@ -588,10 +588,36 @@ def test_a_disk_that_is_really_full_loses_nothing_and_goes_on(small_disk: Path, 
     again.close()
 
 
-def test_a_new_store_on_a_full_disk_is_refused_and_kills_nobody(small_disk: Path) -> None:
-    with (small_disk / "ballast").open("wb") as file:
-        status = os.statvfs(small_disk)
+def test_after_a_crash_on_a_full_disk_a_vote_can_be_kept(small_disk: Path) -> None:
+    def crash(store: LogStore) -> LogStore:
+        assert store._tail is not None
+        store._tail.close()
+        store._env.close()
+        return LogStore(small_disk / "log", lambda seconds: None)
+
+    store = LogStore(small_disk / "log", lambda seconds: None)
+    store.persist(HardState(1, 7, 0), None, entries(1, 9, size=3000))
+    fill(small_disk)
+    again = crash(store)
+    again.persist(HardState(2, 8, 0), None, ())
+    again.persist(None, None, entries(10, 10))
+    assert held(again)[::2] == (HardState(2, 8, 0), entries(1, 9, size=3000) + entries(10, 10))
+    (small_disk / "ballast").unlink()
+    again.persist(HardState(3, 8, 0), None, ())
+    last = crash(again)
+    assert held(last)[::2] == (HardState(3, 8, 0), entries(1, 9, size=3000) + entries(10, 10))
+    last.close()
+
+
+def fill(disk: Path) -> None:
+    """Leave no room on it."""
+    with (disk / "ballast").open("wb") as file:
+        status = os.statvfs(disk)
         os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize)
+
+
+def test_a_new_store_on_a_full_disk_is_refused_and_kills_nobody(small_disk: Path) -> None:
+    fill(small_disk)
     with pytest.raises(DiskFullError):
         LogStore(small_disk / "log", lambda seconds: None)
 
