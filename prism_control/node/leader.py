@@ -197,7 +197,8 @@ class Leadership:
         self._deadlines.observe(events)
         self._dispatcher.observe(events)
         self._measure(events)
-        self._placeable.notify()
+        # Whoever waits for what has just been applied is answered first.
+        asyncio.get_running_loop().call_soon(self._placeable.notify)
 
     def _measure(self, events: list[Event]) -> None:
         ready = SandboxState.READY
