@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from prism_control.node.disk import Disk
+from prism_control.raft.configuration import VOTERS_MAX
 from prism_control.raft.core import Core
 from prism_control.raft.types import MemberId, SnapshotMeta
 from prism_control.storage.errors import DiskFullError
@@ -27,9 +28,9 @@ _RETRY_S: Final = 10.0
 _PACE_BYTES: Final = 256 * 1024
 _PACE_S: Final = 0.006
 #: Members apply the same entries, and would all encode at the same moment: each takes its snapshots
-#: when this share less has come than its neighbour takes them at. At most seven members vote.
+#: when this share less has come than its neighbour takes them at.
 _STAGGER: Final = 0.1
-_SHARE_MIN: Final = 1 - 6 * _STAGGER
+_SHARE_MIN: Final = 1 - (VOTERS_MAX - 1) * _STAGGER
 
 
 class Snapshotted(Protocol):

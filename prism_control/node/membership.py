@@ -20,10 +20,10 @@ from prism_common.errors import (
 from prism_common.names import shorten
 from prism_common.status import from_rpc_error
 from prism_control.node.driver import Driver
-from prism_control.node.settings import VOTERS_MAX
 from prism_control.node.upgrade import VersionGate
 from prism_control.raft import errors as raft_errors
 from prism_control.raft.confchange import ConfigurationChange
+from prism_control.raft.configuration import VOTERS_MAX
 from prism_control.raft.types import Member, MemberId
 from prism_control.transport import wire
 

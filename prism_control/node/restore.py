@@ -11,6 +11,7 @@ from prism_control.raft.errors import CorruptEntryError, InvalidRequestError
 from prism_control.raft.types import Configuration, HardState, Member, SnapshotMeta
 from prism_control.state.machine import Machine
 from prism_control.storage.directory import DataDirectory
+from prism_control.storage.errors import DiskFullError, StorageError
 from prism_control.storage.log import Identity, LogStore
 from prism_control.storage.snapshots import SnapshotStore, read_records
 
@@ -61,6 +62,8 @@ def restore(
             store.close()
     except OSError as error:
         raise StartupError(f"--from: {backup}: {error.strerror}") from None
+    except (DiskFullError, StorageError) as error:
+        raise StartupError(f"--data-dir: {error}") from None
     finally:
         directory.close()
     return Restored(cluster_id, machine.sandbox_count, len(machine.nodes()))
@@ -98,5 +101,7 @@ def recover(data_dir: Path, member: str) -> recovery.Recovery:
             return found
         finally:
             store.close()
+    except (DiskFullError, StorageError) as error:
+        raise StartupError(f"--data-dir: {error}") from None
     finally:
         directory.close()

@@ -8,9 +8,9 @@ from prism_common.addresses import Address, parse_address, require_loopback
 from prism_common.errors import InvalidArgumentError
 from prism_common.names import validate_name
 from prism_control.node.compaction import SnapshotPolicy
+from prism_control.raft.configuration import VOTERS_MAX
 from prism_control.request_queue import BatchingSettings
 
-VOTERS_MAX: Final = 9
 QUEUE_SIZE_MAX: Final = 1_000_000
 INTERVAL_MS_MAX: Final = 60_000
 SNAPSHOT_ENTRIES_MAX: Final = 1_000_000

@@ -10,10 +10,13 @@ configuration away again, for which this history exists.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from prism_control.raft import entry_codec
 from prism_control.raft.types import NOBODY, Entry, EntryKind, HardState
+
+#: Members of a cluster; whoever changes its configuration refuses more.
+VOTERS_MAX: Final = 9
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -394,16 +394,21 @@ class LogStore:
             with self._env.begin(db=self._meta) as txn:
                 record = txn.get(key)
         except lmdb.Error as error:
-            raise CorruptStoreError(f"{key.decode()} cannot be read: {error}") from None
+            raise self._corrupt(f"{key.decode()} cannot be read: {error}") from None
         if record is None:
             return None
         value = record[_CRC.size :]
         if record[: _CRC.size] != _CRC.pack(google_crc32c.value(value)):
-            raise CorruptStoreError(f"{key.decode()} on disk is corrupt: CRC-32C differs")
+            raise self._corrupt(f"{key.decode()} on disk is corrupt: CRC-32C differs")
         try:
             return msgspec.msgpack.decode(value, type=kind)
         except msgspec.MsgspecError as error:
-            raise CorruptStoreError(f"{key.decode()} on disk is corrupt: {error}") from None
+            raise self._corrupt(f"{key.decode()} on disk is corrupt: {error}") from None
+
+    def _corrupt(self, message: str) -> CorruptStoreError:
+        """Return what to raise; from now on nothing is written, also not at the end."""
+        self._poison = message
+        return CorruptStoreError(message)
 
     def _put(self, txn: Any, key: bytes, value: object) -> None:
         encoded = msgspec.msgpack.encode(value)
@@ -449,7 +454,10 @@ class LogStore:
             return True
         if os.strerror(errno.EIO) not in text:
             return False
-        status = os.statvfs(self._path)
+        try:
+            status = os.statvfs(self._path)
+        except OSError:
+            return False
         return status.f_bavail * status.f_frsize < _FULL_BYTES
 
     def _is_sound(self) -> bool:

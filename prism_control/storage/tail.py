@@ -53,10 +53,15 @@ class Tail:
             DiskFullError: There is no room for the file; nothing has happened.
             OSError: It cannot be made.
         """
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise_if_full(error)
+            raise
         try:
             if os.fstat(file).st_size != _SIZE_BYTES:
-                os.ftruncate(file, _SIZE_BYTES)
+                # It has its size only once it is whole.
+                os.ftruncate(file, 0)
                 _write(file, bytes(_SIZE_BYTES), 0)
             # Also one that is there: who made it may have been killed before this.
             os.fsync(file)

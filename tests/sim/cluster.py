@@ -23,7 +23,9 @@ from prism_control.raft.types import (
     Message,
     Role,
     SnapshotRequest,
+    TimeoutNow,
     TransferResult,
+    VoteRequest,
 )
 from tests.sim.clients import Clients
 from tests.sim.disk import Disk
@@ -68,6 +70,8 @@ class Cluster:
         self.is_healed = False
         #: A sample of what was sent.
         self._sent: list[Message] = []
+        #: When the last word arrives by which a leader itself has somebody else elected.
+        self._transfers_until_us = 0
         self.reads_served = 0
         self.crashes = 0
         self.transfers_done = 0
@@ -130,6 +134,10 @@ class Cluster:
 
     def _check_quiet(self) -> None:
         """Check that nobody, removed members above all, deposes a leader without faults."""
+        # What a fault has made late disturbs in good faith.
+        self._run_until(self._transfers_until_us)
+        if not self._run_until(self.now_us + HEALED_UNTIL_US, self._has_recovered):
+            raise ViolationError("liveness: a late transfer is not got over: " + self._state())
         leader = self._leader()
         if leader is None or len(self.nodes) == len(leader.configuration.ids()):
             return
@@ -224,6 +232,11 @@ class Cluster:
 
         for delay_us in delays_us:
             self.after(delay_us, arrive)
+            if isinstance(message, TimeoutNow) or (
+                isinstance(message, VoteRequest) and message.transfer
+            ):
+                arrival_us = self.now_us + delay_us
+                self._transfers_until_us = max(self._transfers_until_us, arrival_us)
 
     def send_snapshot(self, node: Node, message: SnapshotRequest) -> None:
         """Stream the newest snapshot, which takes a while, and report how it went."""

@@ -9,7 +9,7 @@ from prism_control.node.compaction import paced, share_of
 
 
 def test_no_two_voters_take_their_snapshots_at_the_same_entry():
-    voters = (70, 10, 60, 20, 50, 30, 40)
+    voters = (70, 10, 60, 20, 90, 50, 80, 30, 40)
     shares = sorted(share_of(voter, voters) for voter in voters)
     assert all(after - before > 0.05 for before, after in itertools.pairwise(shares))
     assert shares[0] == compaction._SHARE_MIN

@@ -294,6 +294,35 @@ def test_after_a_crash_nothing_is_told_that_is_not_durable(
     assert after_a_crash(crashed).load().entries == entries(1, 4)
 
 
+def test_where_no_tail_can_be_made_the_database_does_without(
+    store: LogStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, flags: int, mode: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prism_control.storage.tail.os.open", fail)
+        store.persist(HardState(1, 7, 0), None, entries(1, 3))
+    assert not (store._path / "tail").exists()
+    assert after_a_crash(store).load().entries == entries(1, 3)
+    store.persist(None, None, entries(4, 4))
+    assert (store._path / "tail").exists()
+    assert after_a_crash(store).load().entries == entries(1, 4)
+
+
+@pytest.mark.parametrize("size", [1, 4096 * 256, 4096 * 300])
+def test_a_tail_is_whole_before_it_is_used(store: LogStore, size: int) -> None:
+    """Whatever is there: of who was killed while making it, or of another release."""
+    path = store._path / "tail"
+    path.touch()
+    os.truncate(path, size)
+    store.persist(HardState(1, 7, 0), None, entries(1, 3))
+    assert path.stat().st_size == 4096 * 256
+    assert after_a_crash(store).load().entries == entries(1, 3)
+    if size != 4096 * 256:
+        assert path.stat().st_blocks * 512 >= 4096 * 256
+
+
 def test_after_a_clean_end_all_is_in_the_database(store: LogStore) -> None:
     """So that a release that knows of no tail can go on from there."""
     store.persist(HardState(1, 7, 2), None, entries(1, 3))
@@ -488,6 +517,23 @@ def test_what_was_refused_is_not_written_to(store: LogStore) -> None:
     before = {path.name: path.read_bytes() for path in crashed._path.iterdir()}
     crashed.close()
     assert {path.name: path.read_bytes() for path in crashed._path.iterdir()} == before
+
+
+def test_where_the_identity_was_refused_nothing_is_written(store: LogStore) -> None:
+    store.set_identity(Identity(7, "n1", "cl-1"))
+
+    def flip(txn: Any, meta: object, log: object) -> None:
+        value = bytearray(txn.get(b"identity", db=meta))
+        value[-1] ^= 1
+        txn.put(b"identity", bytes(value), db=meta)
+
+    damaged = tamper(store, flip)
+    damaged.persist(HardState(1, 7, 0), None, entries(1, 1))
+    with pytest.raises(CorruptStoreError, match="identity"):
+        _ = damaged.identity
+    before = {path.name: path.read_bytes() for path in damaged._path.iterdir()}
+    damaged.close()
+    assert {path.name: path.read_bytes() for path in damaged._path.iterdir()} == before
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
