@@ -81,9 +81,9 @@ class _Session:
         #: Loop time before which nothing is sent; 0: there is nothing to send, or it goes now.
         self.due_s = 0.0
 
-    def tell(self, due_s: float, shares: bool) -> None:
-        """There is something to send at `due_s`; or, if it shares, with what waits already."""
-        if not self.due_s or (not shares and due_s < self.due_s):
+    def tell(self, due_s: float) -> None:
+        """There is something to send at `due_s`, or with what waits already."""
+        if not self.due_s:
             self.due_s = due_s
             self.wake.notify()
 
@@ -154,14 +154,11 @@ class Dispatcher:
 
     def observe(self, events: Sequence[Event]) -> None:
         """Take over committed changes, and wake the sessions that have something to send."""
-        node_ids = self._dispatch.observe(events)
-        is_wide = len(node_ids) > _AGENTS_AT_ONCE
         now_s = asyncio.get_running_loop().time()
-        for number, node_id in enumerate(node_ids):
+        for number, node_id in enumerate(self._dispatch.observe(events)):
             session = self._sessions.get(node_id)
             if session is not None:
-                wait_s = max(number - _AGENTS_AT_ONCE, 0) / _AGENTS_PER_S
-                session.tell(now_s + wait_s, shares=is_wide)
+                session.tell(now_s + max(number - _AGENTS_AT_ONCE, 0) / _AGENTS_PER_S)
 
     # ── One session ──────────────────────────────────────────────────────────────────────────
 

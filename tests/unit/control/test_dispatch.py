@@ -217,17 +217,9 @@ async def test_where_a_commit_has_something_for_many_agents_the_next_shares_its_
     batch = await agent.get("assignments")
     assert [each.sandbox_id for each in batch.assignments] == ["sb-0", "sb-1", "sb-2"]
     assert asyncio.get_running_loop().time() - began >= 1.0
-    # What is for few goes at once, and what waits goes with it.
-    began = asyncio.get_running_loop().time()
-    monkeypatch.setattr("prism_control.dispatch._AGENTS_PER_S", 10.0)
-    control.place("sb-3")
-    for _ in range(20):
-        await asyncio.sleep(0)
     monkeypatch.setattr("prism_control.dispatch._AGENTS_AT_ONCE", 1)
-    control.place("sb-4")
-    batch = await agent.get("assignments")
-    assert [each.sandbox_id for each in batch.assignments] == ["sb-3", "sb-4"]
-    assert asyncio.get_running_loop().time() - began < 50.0  # and not after 100 s
+    control.place("sb-3")
+    assert len((await agent.get("assignments")).assignments) == 1
 
 
 async def test_few_assignments_go_at_once_and_many_share_messages(
