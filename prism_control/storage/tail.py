@@ -2,7 +2,7 @@
 
 A file of fixed size, written once in full so that no later write allocates anything. A write is a
 record: a header with a digest of all of it, and the payload, padded to whole blocks. No block
-that holds a record is written again before the records are elsewhere: then a new generation begins
+that holds a record gets other bytes before the records are elsewhere: then a new generation begins
 at the front, and what an earlier one has left behind it counts for nothing. A generation is named
 at random, so that nothing that a user sends, and that ends up in a payload, can pass for a record;
 and who chooses a payload can choose parts whose loss leaves a CRC as it was, but no such digest.
